@@ -1,0 +1,59 @@
+"""The shape that a command is asked about: a checkpoint's, or one known by name.
+
+Reads no weights.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from jamba_lm.analysis.comparators import COMPARATORS
+from jamba_lm.config import JambaConfig, read_config_json
+from jamba_lm.config_json import closest, ignored, shown
+from jamba_lm.errors import ConfigError
+from jamba_lm.files import path_kind
+from jamba_lm.presets import PRESETS
+
+ShapeArgument = Annotated[
+    str,
+    typer.Argument(
+        metavar="MODEL_OR_PRESET",
+        help="A checkpoint folder, a config.json, or a name: "
+        f"{', '.join(PRESETS)}; to compare with: {', '.join(COMPARATORS)}.",
+        show_default=False,
+    ),
+]
+SetOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set",
+        metavar="NAME=VALUE",
+        help="Change one number of the shape, such as num_layers=16; may be repeated.",
+        show_default=False,
+    ),
+]
+
+
+def open_shape(name: str, assignments: list[str] | None) -> tuple[JambaConfig, dict[str, str]]:
+    """Return the shape called `name`, changed as asked, and the keys of its file without effect.
+
+    A name that is known wins over a folder: write `./tiny` for a folder called tiny.
+
+    Raises:
+        ConfigError: no such name and no such checkpoint; or the change is impossible.
+    """
+    known = {**COMPARATORS, **PRESETS}
+    without_effect: dict[str, str] = {}
+    if name in known:
+        config = known[name]
+    elif path_kind(name) != "missing":
+        values = read_config_json(name)
+        config, without_effect = JambaConfig.from_hf(values), ignored(values)
+    else:
+        raise ConfigError(
+            f"no model {shown(name)}: expected a checkpoint folder, or one of "
+            f"{', '.join(known)}{closest(name, known)}"
+        )
+    return config.with_set(assignments or []), without_effect

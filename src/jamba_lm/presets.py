@@ -1,0 +1,76 @@
+"""Models by name: the released ones, the embedded demonstration, and the benchmark shapes.
+
+Only shapes; weights come from elsewhere.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import MappingProxyType
+
+from jamba_lm.config import JambaConfig
+from jamba_lm.config_json import closest, shown
+from jamba_lm.errors import ConfigError
+
+_MINI = JambaConfig()
+_REASONING_3B = JambaConfig(
+    d_model=2560,
+    d_ff=8192,
+    num_layers=28,
+    num_heads=20,
+    num_kv_heads=1,
+    attention_period=14,
+    attention_offset=7,
+    num_experts=1,
+    tie_embeddings=True,
+    eos_ids=(2, 519),
+)
+_SMALL = JambaConfig(
+    vocab_size=16384,
+    d_model=256,
+    d_ff=512,
+    num_layers=8,
+    num_heads=4,
+    num_kv_heads=2,
+    num_experts=4,
+)
+
+PRESETS: Mapping[str, JambaConfig] = MappingProxyType(
+    {
+        "jamba-v0.1": _MINI,
+        "jamba-1.5-mini": _MINI.replace(eos_ids=(2, 518)),
+        # The paper (arXiv 2408.12570) gives neither d_ff nor dt_rank: these reproduce its totals,
+        # 398B and 94B active.
+        "jamba-1.5-large": _MINI.replace(
+            d_model=8192, d_ff=24576, num_layers=72, num_heads=64, eos_ids=(2, 518)
+        ),
+        "jamba-reasoning-3b": _REASONING_3B,
+        "jamba2-mini": _MINI.replace(eos_ids=(519,)),
+        # The model inside this package.
+        "demo": _SMALL.replace(vocab_size=4096, d_ff=128, num_experts=8, tie_embeddings=True),
+        # Shapes to measure with, not models to use.
+        "tiny": _SMALL,
+        "mid": _SMALL.replace(
+            vocab_size=65536,
+            d_model=1024,
+            d_ff=1792,
+            num_heads=16,
+            num_kv_heads=4,
+            num_experts=16,
+        ),
+        "3b": _REASONING_3B.replace(eos_ids=(2,)),
+    }
+)
+
+
+def preset(name: str) -> JambaConfig:
+    """Return the model called `name`.
+
+    Raises:
+        ConfigError: there is none; the message names the closest one, and all.
+    """
+    if name not in PRESETS:
+        raise ConfigError(
+            f"no preset {shown(name)} among {', '.join(PRESETS)}{closest(name, PRESETS)}"
+        )
+    return PRESETS[name]
