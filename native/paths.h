@@ -1,0 +1,99 @@
+// What one instruction set offers to the files that plan work and start threads.
+// Those see no vectors: they hand out channel blocks, one block being `lanes` channels.
+#ifndef JAMBA_PATHS_H
+#define JAMBA_PATHS_H
+
+#include "jamba_kernels.h"
+
+namespace jamba {
+
+constexpr int64_t CHECKPOINT_TOKENS = JAMBA_CHECKPOINT_TOKENS;
+
+// States are worked on this many at a time: their registers, and those of what
+// accumulates over tokens beside them, fit in the register file.
+constexpr int64_t STATE_GROUP = JAMBA_CHECKPOINT_STATES;
+
+// Tokens whose step sizes and inputs are prepared at once: few enough that those of a
+// strip of blocks stay near.
+constexpr int64_t FORWARD_TOKENS = 16;
+static_assert(FORWARD_TOKENS % CHECKPOINT_TOKENS == 0, "checkpoints fall on prepared tokens");
+
+// Static, so that the copies compiled for each instruction set stay apart.
+static inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+static inline int64_t padded_states(int64_t N) { return divide_up(N, STATE_GROUP) * STATE_GROUP; }
+
+// A checkpoint holds the states of all channels, block after block, [state][lane] each.
+static inline int64_t checkpoint_size(const jamba_scan_call &call) {
+  return divide_up(call.C, JAMBA_CHECKPOINT_CHANNELS) * JAMBA_CHECKPOINT_CHANNELS *
+         padded_states(call.N);
+}
+
+static inline float *checkpoint_at(const jamba_scan_call &call, int64_t checkpoint, int64_t block,
+                                   int64_t lanes) {
+  return call.checkpoints + checkpoint * checkpoint_size(call) +
+         block * lanes * padded_states(call.N);
+}
+
+// Up to CHECKPOINT_TOKENS rows of one sequence, which backward takes in one go.
+struct ScanChunk {
+  int64_t sequence, first_row, num_rows, checkpoint;
+  bool begins_sequence, ends_sequence;
+};
+
+// What backward carries from chunk to chunk, for all channel blocks: the gradient of
+// the state, and the sums over tokens. Per block, N is padded and lanes are channels.
+struct ScanCarry {
+  float *A, *grad_state, *grad_A;     // [block][state][lane]
+  float *grad_skip, *grad_dt_bias;    // [block][lane]
+};
+
+struct Path {
+  const char *name;
+  int64_t lanes;
+  bool (*runs_here)();
+
+  // Floats of scratch memory that each of the calls below needs.
+  int64_t (*scan_scratch)(const jamba_scan_call &call);
+  int64_t (*scan_backward_scratch)(const jamba_scan_call &call, int64_t blocks);
+  int64_t (*conv_scratch)(const jamba_conv_call &call);
+
+  // Blocks [first, last) over one sequence; `checkpoint` is the sequence's first.
+  void (*scan)(const jamba_scan_call &call, int64_t sequence, int64_t checkpoint, int64_t first,
+               int64_t last, float *scratch);
+
+  void (*scan_backward_begin)(const jamba_scan_call &call, const ScanCarry &carry, int64_t block);
+  // Blocks [first, last) over one chunk. Their part of the gradients of B and C goes to
+  // `grad_B` and `grad_C`, one row of padded_states(N) for each row of the chunk.
+  void (*scan_backward)(const jamba_scan_backward_call &call, const ScanChunk &chunk,
+                        const ScanCarry &carry, int64_t first, int64_t last, float *grad_B,
+                        float *grad_C, float *scratch);
+  void (*scan_backward_end)(const jamba_scan_backward_call &call, const ScanCarry &carry,
+                            int64_t block);
+  // Writes `count` floats as a row of the gradient of B or C.
+  void (*store_row)(void *array, bool bfloat16, int64_t index, int64_t count, const float *row);
+
+  // Rows [first, last) of one sequence, all channels.
+  void (*conv)(const jamba_conv_call &call, int64_t sequence, int64_t first, int64_t last,
+               float *scratch);
+  // One block of channels over all sequences.
+  void (*conv_backward)(const jamba_conv_backward_call &call, int64_t block);
+
+  // Rows [first, last); the gradient of the gain is added to `grad_weight`.
+  void (*norm)(const jamba_norm_call &call, int64_t first, int64_t last);
+  void (*norm_backward)(const jamba_norm_backward_call &call, int64_t first, int64_t last,
+                        float *grad_weight);
+  void (*gate)(const jamba_gate_call &call, int64_t first, int64_t last);
+  void (*gate_backward)(const jamba_gate_backward_call &call, int64_t first, int64_t last);
+
+  void (*vector_function)(int64_t function, const float *x, float *y, int64_t count);
+};
+
+extern const Path path_avx512, path_avx2, path_portable;
+
+// The path a call asks for, the best one for 0, or null when it cannot run here.
+const Path *find_path(int64_t request);
+
+bool offsets_are_valid(const int64_t *offsets, int64_t B, int64_t M);
+
+}  // namespace jamba
+#endif

@@ -1,0 +1,132 @@
+"""`jamba doctor`: which kernels serve each operation on this machine, and why not the others."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING, Any
+
+from jamba_lm import __version__
+from jamba_lm.analysis.machine import usable_memory
+from jamba_lm.analysis.processor import Processor, this_processor
+from jamba_lm.cli.options import JsonOption
+from jamba_lm.cli.output import Output
+from jamba_lm.cli.quantities import show_bytes
+
+if TYPE_CHECKING:
+    from jamba_lm.kernels.report import LibraryReport, Serving
+
+# What the package needs or can use; an absent one is told as such.
+PACKAGES = ("torch", "numpy", "safetensors", "tokenizers", "transformers")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Findings:
+    """What the doctor found.
+
+    Attributes:
+        versions: of Python and of packages; None where one is absent.
+        memory: bytes a process here can hope for.
+        threads: with which torch, and so every kernel, computes.
+        named: what JAMBA_BACKEND says.
+    """
+
+    versions: dict[str, str | None]
+    processor: Processor
+    memory: int
+    threads: int
+    named: str | None
+    library: LibraryReport
+    servings: list[Serving]
+
+
+def doctor(json: JsonOption = False) -> None:
+    """Say which back-end serves each operation here, how, and why not the others."""
+    findings = examine()
+    output = Output(json)
+    for line in describe(findings):
+        output.line(line)
+    output.result(as_values(findings))
+
+
+def examine() -> Findings:
+    """Look at the machine, the installed packages and the kernels."""
+    import torch
+
+    from jamba_lm.kernels.ops import requested_backend
+    from jamba_lm.kernels.report import library_report, servings
+
+    return Findings(
+        versions={
+            "jamba-lm": __version__,
+            "python": platform.python_version(),
+            **{name: _version(name) for name in PACKAGES},
+        },
+        processor=this_processor(),
+        memory=usable_memory(),
+        threads=torch.get_num_threads(),
+        named=requested_backend(),
+        library=library_report(),
+        servings=servings(),
+    )
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def describe(findings: Findings) -> Iterator[str]:
+    """Yield the lines that answer a person."""
+    versions = (f"{name} {found or 'absent'}" for name, found in findings.versions.items())
+    yield f"versions    {', '.join(versions)}"
+    processor = findings.processor
+    yield (
+        f"processor   {processor.name}, {processor.cores} cores, {show_bytes(findings.memory)}, "
+        f"computing with {findings.threads} threads"
+    )
+    yield f"            {' '.join(processor.features) or 'no features known'}"
+    library = findings.library
+    if library.problem is None:
+        sets = ", ".join(
+            name if runs else f"{name} (not on this processor)"
+            for name, runs in library.instruction_sets.items()
+        )
+        yield f"kernels     {sets}, in {library.path}"
+    else:
+        yield f"kernels     none: {library.problem}"
+    if findings.named is not None:
+        yield f"JAMBA_BACKEND is {findings.named}"
+    yield ""
+    yield f"{'operation':16}{'served by':12}{'how':36}why not the others"
+    for serving in findings.servings:
+        refusals = "; ".join(f"{name}: {why}" for name, why in serving.refusals.items())
+        yield (
+            f"{serving.operation:16}{serving.backend or 'nobody':12}{serving.method:36}{refusals}"
+        )
+    yield ""
+    yield "float16 tensors, and those on other devices, go to the reference (attention excepted)."
+
+
+def as_values(findings: Findings) -> dict[str, Any]:
+    """Return what `--json` prints; memory is in bytes."""
+    return {
+        "versions": findings.versions,
+        "processor": asdict(findings.processor),
+        "memory": findings.memory,
+        "threads": findings.threads,
+        "jamba_backend": findings.named,
+        "library": asdict(findings.library),
+        "operations": {
+            serving.operation: {
+                "backend": serving.backend,
+                "method": serving.method,
+                "refusals": serving.refusals,
+            }
+            for serving in findings.servings
+        },
+    }
