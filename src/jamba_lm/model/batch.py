@@ -1,0 +1,97 @@
+"""Which rows of a call belong to which sequence: several sequences, laid end to end.
+
+There is no padding in this project: a prompt, a piece of a prompt, one step for many users
+and packed training documents are all a `Batch`. It does not know what the tokens are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+
+import torch
+from torch import Tensor
+
+from jamba_lm.errors import InputError
+from jamba_lm.model.routing import Routing
+from jamba_lm.model.state import SequenceState
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """Where each sequence starts among the M rows of a call, and what it remembers.
+
+    Attributes:
+        lengths: tokens of each sequence in this call, each at least 1.
+        offsets: int64 of length B+1, on the CPU: sequence b is rows offsets[b]:offsets[b+1].
+        states: one state per sequence, or None when every sequence starts here and nothing
+            needs to be remembered.
+        backend: kernel back-end to use, by name; None takes the fastest that can.
+        routing: when a list, every mixture of experts appends its decision to it (the
+            balance loss and the studies read it).
+    """
+
+    lengths: tuple[int, ...]
+    offsets: Tensor
+    states: tuple[SequenceState, ...] | None
+    backend: str | None
+    routing: list[Routing] | None
+
+    @classmethod
+    def of(
+        cls,
+        lengths: Sequence[int],
+        states: Sequence[SequenceState] | None = None,
+        backend: str | None = None,
+        routing: list[Routing] | None = None,
+    ) -> Batch:
+        """Build a batch of sequences with these lengths.
+
+        Raises:
+            InputError: no sequence, an empty one, another number of states than of
+                sequences, or the same state twice.
+        """
+        lengths = tuple(int(length) for length in lengths)
+        if not lengths:
+            raise InputError("no sequences given: expected at least one, of at least one token")
+        if min(lengths) < 1:
+            raise InputError(
+                f"sequence {lengths.index(min(lengths))} is empty: "
+                "expected at least one token in every sequence"
+            )
+        if states is not None:
+            states = tuple(states)
+            if len(states) != len(lengths):
+                raise InputError(
+                    f"{len(states)} states given for {len(lengths)} sequences: expected one each"
+                )
+            if len({id(state) for state in states}) != len(states):
+                raise InputError(
+                    "the same state was given for two sequences: fork() it, so that each moves on "
+                    "its own"
+                )
+        offsets = torch.tensor([0, *accumulate(lengths)], dtype=torch.int64)
+        return cls(lengths, offsets, states, backend, routing)
+
+    @property
+    def num_rows(self) -> int:
+        """Tokens of all sequences together."""
+        return sum(self.lengths)
+
+    def spans(self) -> list[tuple[int, int]]:
+        """List the (first, past last) row of each sequence."""
+        ends = list(accumulate(self.lengths))
+        return list(zip([0, *ends], ends, strict=False))
+
+    def positions(self) -> Tensor:
+        """Return each row's position in its own sequence, int64 of shape [M], on the CPU."""
+        before = [0] * len(self.lengths)
+        if self.states is not None:
+            before = [state.num_tokens for state in self.states]
+        return torch.cat(
+            [
+                torch.arange(past, past + length)
+                for past, length in zip(before, self.lengths, strict=True)
+            ]
+        )
