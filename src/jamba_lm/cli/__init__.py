@@ -1,0 +1,1 @@
+"""The `jamba` command: parse, call, print. Nothing else in the package prints."""

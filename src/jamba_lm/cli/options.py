@@ -1,0 +1,79 @@
+"""The options that several commands share, and how a command opens the model it was given.
+
+Imports torch only when a model is opened.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from jamba_lm.errors import InputError
+
+if TYPE_CHECKING:
+    from jamba_lm.language_model import LanguageModel
+
+# The name that stands for the model inside the package.
+EMBEDDED = "demo"
+
+ModelArgument = Annotated[
+    str,
+    typer.Argument(
+        metavar="MODEL",
+        help=f"A checkpoint folder, or '{EMBEDDED}' for the small model inside the package.",
+        show_default=False,
+    ),
+]
+JsonOption = Annotated[
+    bool,
+    typer.Option("--json", help="Print one JSON object on stdout, everything else on stderr."),
+]
+ThreadsOption = Annotated[
+    int | None,
+    typer.Option(help="CPU threads to compute with; all cores when left out.", show_default=False),
+]
+BackendOption = Annotated[
+    str | None,
+    typer.Option(
+        help="Kernel back-end: native or reference; the fastest that can when left out.",
+        show_default=False,
+    ),
+]
+DtypeOption = Annotated[
+    str,
+    typer.Option(help="Type of the weights: auto keeps the file's; fp32, bf16, fp16."),
+]
+
+
+def model_folder(model: str) -> Path:
+    """Return the folder that MODEL names."""
+    if model != EMBEDDED:
+        return Path(model)
+    from jamba_lm.language_model import embedded_model_path
+
+    return embedded_model_path()
+
+
+def use_threads(threads: int | None) -> None:
+    """Compute with this many CPU threads.
+
+    Raises:
+        InputError: fewer than one, or more than any machine has.
+    """
+    if threads is None:
+        return
+    if not 1 <= threads <= 1024:
+        raise InputError(f"--threads is {threads}: expected a number of CPU threads from 1 to 1024")
+    import torch
+
+    torch.set_num_threads(threads)
+
+
+def open_model(model: str, dtype: str, backend: str | None, threads: int | None) -> LanguageModel:
+    """Load the model that MODEL names, to compute as the shared options say."""
+    from jamba_lm.language_model import load
+
+    use_threads(threads)
+    return load(model_folder(model), dtype=dtype, backend=backend)

@@ -1,0 +1,111 @@
+"""`jamba train`: carry out a training recipe."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import ExitStack
+from functools import cache
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from jamba_lm.cli.options import BackendOption, JsonOption, ThreadsOption, use_threads
+from jamba_lm.errors import InputError
+
+
+def train(
+    recipe: Annotated[
+        Path,
+        typer.Argument(metavar="RECIPE", help="A recipe file (TOML).", show_default=False),
+    ],
+    out: Annotated[
+        Path,
+        typer.Option(metavar="DIR", help="Folder of the run.", show_default=False),
+    ],
+    changes: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set",
+            metavar="KEY=VALUE",
+            help="Change a value of the recipe, like training.steps=100; may be given many times.",
+            show_default=False,
+        ),
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with the run in DIR, from its last checkpoint.")
+    ] = False,
+    auto: Annotated[
+        bool, typer.Option("--auto", help="Go on when DIR holds a run, start one when it does not.")
+    ] = False,
+    backend: BackendOption = None,
+    threads: ThreadsOption = None,
+    json_wanted: JsonOption = False,
+) -> None:
+    """Train a model as RECIPE says.
+
+    DIR gets the resolved recipe, a log, checkpoints, and at the end the folder model/, which
+    `jamba generate DIR/model` reads. Ctrl-C saves and ends; a killed run loses what came after its
+    last checkpoint, and resumed it ends with the same bits.
+    """
+    from jamba_lm.cli.output import Output, Progress
+    from jamba_lm.training.recipe import load_recipe
+
+    if resume and auto:
+        raise InputError("--resume and --auto were both given: --auto resumes by itself")
+    resolved = load_recipe(recipe, changes or [])
+    use_threads(threads)
+    from jamba_lm.training.loop import Resume
+    from jamba_lm.training.loop import train as carry_out
+
+    output = Output(json_wanted)
+    mode: Resume = "always" if resume else "auto" if auto else "never"
+    with ExitStack() as stack:
+
+        @cache
+        def line(first: int) -> Progress:
+            label = f"training from step {first:,}" if first else "training"
+            total = resolved.training.steps - first
+            return stack.enter_context(output.progress(label, total, "steps"))
+
+        first, rate = None, 0.0
+
+        def report(record: Mapping[str, Any]) -> None:
+            nonlocal first, rate
+            if record["event"] == "validation":
+                output.note(
+                    f"step {record['step']:,}: {record['bits_per_byte']:.4f} bits per byte on "
+                    f"{record['num_bytes']:,} held-out bytes"
+                )
+            elif record["event"] == "step":
+                first = record["step"] - 1 if first is None else first
+                now = record["tokens_seen"] / record["step"] / record["seconds"]
+                rate = 0.95 * rate + 0.05 * now if rate else now
+                line(first).update(
+                    record["step"] - first,
+                    f"{rate:,.0f} tokens/s, loss {record['loss']:.3f}, "
+                    f"balance {record['balance_loss']:.3f}",
+                )
+
+        outcome = carry_out(resolved, out, resume=mode, backend=backend, report=report)
+    progress, validation = outcome.progress, outcome.validation
+    if outcome.finished and validation is not None:
+        output.line(
+            f"trained {progress.steps_done:,} steps on {progress.tokens_seen:,} tokens: "
+            f"{validation.bits_per_byte:.4f} bits per byte; the model is in {outcome.model_folder}"
+        )
+    else:
+        output.line(
+            f"stopped and saved after step {progress.steps_done:,}; go on with "
+            f"`jamba train {recipe} --out {out} --resume`"
+        )
+    output.result(
+        {
+            "finished": outcome.finished,
+            "steps": progress.steps_done,
+            "tokens": progress.tokens_seen,
+            "loss": None if validation is None else validation.loss,
+            "bits_per_byte": None if validation is None else validation.bits_per_byte,
+            "model": None if outcome.model_folder is None else str(outcome.model_folder),
+        }
+    )

@@ -1,0 +1,1 @@
+"""What a model can do: measurements of its quality."""

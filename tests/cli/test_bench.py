@@ -1,0 +1,72 @@
+"""`jamba bench` measures, and says on what."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from jamba_lm.cli.bench import Timing, Workload, run_once, spread, summary
+from jamba_lm.cli.main import main
+from tests.arms import SMALL, shaken_model
+
+
+def test_the_same_numbers_are_printed_for_people_and_programs(capsys, tiny_checkpoint):
+    threads = torch.get_num_threads()
+    command = ["bench", str(tiny_checkpoint), "--prompt-tokens", "40", "--new-tokens", "3"]
+    assert main([*command, "--batch", "2", "--repeats", "2", "--threads", "1", "--json"]) == 0
+    torch.set_num_threads(threads)
+    printed = capsys.readouterr()
+    values = json.loads(printed.out)
+    for name in ("prefill", "decode"):
+        rates = values[f"{name}_tokens_per_second"]
+        assert 0 < rates["min"] <= rates["median"] <= rates["max"]
+        assert f"{rates['median']:,.1f}" in printed.err
+    assert values["machine"]["threads"] == 1
+    assert values["workload"]["batch"] == 2
+    assert values["memory"]["peak_bytes"] > values["memory"]["weight_bytes"] > 0
+    assert {"attention", "causal_conv", "selective_scan"} <= values["backends"].keys()
+
+
+def test_a_back_end_that_is_named_is_the_one_that_is_told(capsys, tiny_checkpoint):
+    command = ["bench", str(tiny_checkpoint), "--prompt-tokens", "4", "--new-tokens", "1"]
+    assert main([*command, "--repeats", "1", "--backend", "reference", "--json"]) == 0
+    values = json.loads(capsys.readouterr().out)
+    assert set(values["backends"].values()) == {"reference"}
+
+
+@pytest.mark.parametrize(("batch", "prefill_tokens"), [(1, 16), (3, 16), (20, 16)])
+def test_a_repetition_reads_and_writes_what_the_workload_says(
+    monkeypatch, batch: int, prefill_tokens: int
+):
+    model = shaken_model(SMALL)
+    calls: list[list[int]] = []
+    next_logits = model.next_logits
+
+    def counted(sequences, states=None):
+        calls.append([len(ids) for ids in sequences])
+        return next_logits(sequences, states)
+
+    monkeypatch.setattr(model, "next_logits", counted)
+    timing = run_once(model, Workload(30, 4, batch, prefill_tokens))
+    assert sum(map(sum, calls[:-4])) == 30 * batch
+    assert all(sum(call) <= max(prefill_tokens, batch) for call in calls)
+    assert calls[-4:] == [[1] * batch] * 4
+    assert timing.prefill_seconds > 0 < timing.decode_seconds
+
+
+def test_rates_are_tokens_of_all_sequences_over_seconds():
+    timings = [Timing(2.0, 1.0, 0), Timing(1.0, 4.0, 0), Timing(4.0, 2.0, 0)]
+    found = summary(Workload(100, 10, 2, 512), timings)
+    assert found["prefill_tokens_per_second"] == {"median": 100.0, "min": 50.0, "max": 200.0}
+    assert found["decode_tokens_per_second"] == {"median": 10.0, "min": 5.0, "max": 20.0}
+    assert spread([1.0, 2.0]) == {"median": 1.5, "min": 1.0, "max": 2.0}
+
+
+@pytest.mark.parametrize(
+    "option", ["--prompt-tokens", "--new-tokens", "--batch", "--repeats", "--prefill-tokens"]
+)
+def test_a_workload_of_nothing_is_refused_before_the_model_is_loaded(capsys, option: str):
+    assert main(["bench", "no-such-model", option, "0"]) == 2
+    assert f"error: {option} is 0" in capsys.readouterr().err
