@@ -1,0 +1,1 @@
+"""How a Jamba learns: recipe, optimizer, loop, checkpoints. Knows no command line."""

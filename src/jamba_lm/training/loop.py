@@ -1,0 +1,223 @@
+"""The training loop: from a recipe to a trained model in a folder, resumable at any moment.
+
+Knows no command line: whoever calls it is told of every record that goes to the log.
+
+A run is its recipe, its data and the number of steps taken; the clock decides only when it is
+saved. A process killed at any moment and resumed therefore ends with the same bits.
+"""
+
+from __future__ import annotations
+
+import shutil
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any, Literal
+
+from jamba_lm.checkpoint.huggingface import write_decoder
+from jamba_lm.errors import InputError
+from jamba_lm.files import make_folder, write_atomic
+from jamba_lm.kernels import ops
+from jamba_lm.training.checkpointing import (
+    Progress,
+    SavedRun,
+    checkpoints,
+    read_checkpoint,
+    write_checkpoint,
+)
+from jamba_lm.training.learner import DTYPES, Learner, plain_sections
+from jamba_lm.training.optimizer import MasterAdamW
+from jamba_lm.training.recipe import Recipe
+from jamba_lm.training.recipe_record import check_continuation, to_toml
+from jamba_lm.training.run_folder import RunLog, only_run_in, write_record
+from jamba_lm.training.validation import Validation
+
+Resume = Literal["never", "always", "auto"]
+Report = Callable[[Mapping[str, Any]], None]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Outcome:
+    """How a call of `train` ended.
+
+    Attributes:
+        finished: whether all steps were taken; otherwise it was asked to stop, and saved.
+        progress: how far the run has come.
+        validation: of the last step; None when it was stopped before.
+        model_folder: the exported Hugging Face folder; None when it was stopped before the end.
+    """
+
+    finished: bool
+    progress: Progress
+    validation: Validation | None
+    model_folder: Path | None
+
+
+def train(
+    recipe: Recipe,
+    folder: Path,
+    *,
+    resume: Resume = "never",
+    backend: str | None = None,
+    report: Report = lambda record: None,
+) -> Outcome:
+    """Carry out `recipe` in `folder`, from the start or from the newest checkpoint there.
+
+    The folder gets `recipe.toml` (resolved), `run.json` (versions, back-ends, seed), `log.jsonl`,
+    `checkpoints/` and at the end `model/`, which Hugging Face transformers reads too. SIGINT and
+    SIGTERM end the run after the current step, with a checkpoint.
+
+    Args:
+        recipe: what to do.
+        folder: made when missing.
+        resume: "never" refuses a folder that holds a run, "always" one that holds none.
+        backend: kernel back-end by name; None takes the fastest that can.
+        report: told of every record of the log.
+
+    Raises:
+        InputError: the folder is in use, holds a run or holds none (see `resume`), or cannot be
+            written to; the newest checkpoint is whole in any case.
+        RecipeError: the recipe does not fit its tokenizer or the run to resume, or training
+            diverged.
+        DataError: text is missing or unusable, or is not what the run to resume was reading.
+        CheckpointError: the newest checkpoint is damaged.
+    """
+    ops.require(backend)
+    with only_run_in(folder):
+        saved = _find_run(folder, resume)
+        changed = check_continuation(saved.recipe, plain_sections(recipe)) if saved else []
+        learner = Learner(recipe, backend, folder)
+        if saved:
+            learner.restore(saved)
+        make_folder(folder / "checkpoints")
+        write_atomic(folder / "recipe.toml", lambda file: _write(file, to_toml(recipe)))
+        write_record(folder, learner.record())
+        with RunLog(folder, learner.progress.log_bytes) as log, _stop_signals() as stop:
+            return _Run(recipe, folder, learner, log, stop, report).go(changed)
+
+
+def _write(file: Any, text: str) -> None:
+    file.write(text.encode("utf-8"))
+
+
+def _find_run(folder: Path, resume: Resume) -> SavedRun | None:
+    found = checkpoints(folder / "checkpoints")
+    started = (folder / "log.jsonl").exists() or bool(found)
+    if resume == "never" and started:
+        raise InputError(
+            f"{str(folder)!r} already holds a run: resume it with --resume, or take another --out"
+        )
+    if resume == "always" and not started:
+        raise InputError(f"no run to resume in {str(folder)!r}: start one without --resume")
+    return read_checkpoint(found[-1]) if found else None
+
+
+class _Run:
+    """The loop around a `Learner`: when to validate, save, report and stop."""
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        folder: Path,
+        learner: Learner,
+        log: RunLog,
+        stop: threading.Event,
+        report: Report,
+    ) -> None:
+        self._recipe = recipe
+        self._folder = folder
+        self._learner = learner
+        self._log = log
+        self._stop = stop
+        self._report = report
+        self._saved_step = -1
+        self._saved_at = time.monotonic()
+        self._last: Validation | None = None
+
+    def go(self, changed: list[str]) -> Outcome:
+        learner, steps = self._learner, self._recipe.training.steps
+        if changed:
+            self._note({"event": "changed", "step": learner.progress.steps_done, "keys": changed})
+        while learner.progress.steps_done < steps and not self._stop.is_set():
+            started = time.perf_counter()
+            record = learner.step()
+            seconds = time.perf_counter() - started
+            self._note({**record, "seconds": round(seconds, 4)})
+            if record["step"] % self._recipe.validation.every_steps == 0 or record["step"] == steps:
+                self._validate()
+            self._save_if_due()
+        if self._saved_step != learner.progress.steps_done:
+            self._save()
+        finished = learner.progress.steps_done == steps
+        if finished and self._last is None:
+            self._last = learner.validate()
+        return Outcome(
+            finished=finished,
+            progress=learner.progress,
+            validation=self._last,
+            model_folder=self._export() if finished else None,
+        )
+
+    def _note(self, record: Mapping[str, Any]) -> None:
+        self._log.write(record)
+        self._report(record)
+
+    def _validate(self) -> None:
+        started = time.perf_counter()
+        self._last = self._learner.validate()
+        seconds = round(time.perf_counter() - started, 4)
+        step = self._learner.progress.steps_done
+        self._note({"event": "validation", "step": step, **asdict(self._last), "seconds": seconds})
+
+    def _save_if_due(self) -> None:
+        rules, step = self._recipe.checkpoint, self._learner.progress.steps_done
+        by_steps = rules.every_steps and step % rules.every_steps == 0
+        waited = time.monotonic() - self._saved_at
+        if by_steps or (rules.every_seconds and waited >= rules.every_seconds):
+            self._save()
+
+    def _save(self) -> None:
+        saved = self._learner.save(self._log.sync())
+        keep = self._recipe.checkpoint.keep
+        write_checkpoint(self._folder / "checkpoints", saved, keep=keep)
+        self._saved_step, self._saved_at = saved.progress.steps_done, time.monotonic()
+
+    def _export(self) -> Path:
+        folder = self._folder / "model"
+        export(self._recipe, self._learner.optimizer, folder)
+        return folder
+
+
+def export(recipe: Recipe, optimizer: MasterAdamW, folder: Path) -> None:
+    """Write the model in the recipe's type as a Hugging Face folder, with its tokenizer."""
+    dtype = DTYPES[recipe.training.dtype]
+    write_decoder(folder, recipe.model, optimizer.masters(), dtype=dtype, overwrite=True)
+    for path in sorted(Path(recipe.data.tokenizer).iterdir()):
+        if path.name.startswith("tokenizer") or path.name == "generation_config.json":
+            shutil.copyfile(path, folder / path.name)
+
+
+@contextmanager
+def _stop_signals() -> Iterator[threading.Event]:
+    """Turn the first SIGINT or SIGTERM into an event; the second one acts as it always does."""
+    stop = threading.Event()
+    before: dict[signal.Signals, Any] = {}
+
+    def ask(number: int, _: FrameType | None) -> None:
+        stop.set()
+        signal.signal(number, before[signal.Signals(number)])
+
+    # Python lets only the main thread handle signals; in another one the caller keeps them.
+    if threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGINT, signal.SIGTERM):
+            before[number] = signal.signal(number, ask)
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,76 @@
+"""A recipe written down beside its run, and compared with the run that it is to continue.
+
+Knows sections of plain values, and not what they mean.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from jamba_lm.errors import RecipeError
+from jamba_lm.training.recipe import Recipe, shown
+
+# What may differ between a run and its continuation: how long it goes on, how it is watched, and
+# what the model is said to be good for, with which nothing is computed.
+CHANGEABLE = (
+    "model.context_length",
+    "training.steps",
+    "training.workers",
+    "schedule.",
+    "optimizer.learning_rate",
+    "validation.",
+    "checkpoint.",
+)
+
+
+def to_toml(recipe: Recipe) -> str:
+    """Write a recipe out in full, so that reading it gives the same recipe."""
+    lines = []
+    for name, values in recipe.to_dict().items():
+        lines.append(f"[{name}]")
+        lines += [f"{key} = {_toml(value)}" for key, value in values.items() if value is not None]
+        lines.append("")
+    return "\n".join(lines)
+
+
+def _toml(value: Any) -> str:
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, (list, tuple)):
+        return f"[{', '.join(map(_toml, value))}]"
+    if isinstance(value, str):
+        # A JSON string is a TOML string, but for the one control character that JSON lets through
+        # and the surrogate pairs that it spells out.
+        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+    return repr(value)
+
+
+def check_continuation(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """Compare the sections of a run with those it is to be continued with.
+
+    Returns:
+        The names of what differs and may.
+
+    Raises:
+        RecipeError: something differs that would make it another run.
+    """
+    changed = []
+    for section in sorted(before.keys() | now.keys()):
+        old, new = before.get(section, {}), now.get(section, {})
+        for key in sorted(old.keys() | new.keys()):
+            name = f"{section}.{key}"
+            if _plain(old.get(key)) == _plain(new.get(key)):
+                continue
+            if not name.startswith(CHANGEABLE):
+                raise RecipeError(
+                    f"{name} is {shown(new.get(key))}, but the run to resume has "
+                    f"{shown(old.get(key))}; change it back, or start in another --out folder"
+                )
+            changed.append(name)
+    return changed
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value

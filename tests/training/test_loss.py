@@ -1,0 +1,51 @@
+"""The loss in pieces is the loss as a whole, and its gradient too."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from jamba_lm.data import IGNORED
+from jamba_lm.training import loss
+from tests.tolerances import TRAINING, assert_within
+
+
+@pytest.mark.parametrize("rows", [1, 7, 8, 9, 30])
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_pieces_give_the_loss_and_gradient_of_the_whole(monkeypatch, rows, dtype):
+    monkeypatch.setattr(loss, "CHUNK_ROWS", 8)
+    kind = {"fp32": torch.float32, "bf16": torch.bfloat16}[dtype]
+    hidden_MD = torch.randn(rows, 16).to(kind).requires_grad_()
+    weight_VD = torch.randn(40, 16).to(kind).requires_grad_()
+    targets_M = torch.randint(0, 40, (rows,))
+    targets_M[1::3] = IGNORED
+
+    found = loss.summed_cross_entropy(hidden_MD, weight_VD, targets_M)
+    (found * 0.5).backward()
+
+    wide_MD = hidden_MD.detach().double().requires_grad_()
+    wide_VD = weight_VD.detach().double().requires_grad_()
+    expected = F.cross_entropy(
+        wide_MD @ wide_VD.T, targets_M, ignore_index=IGNORED, reduction="sum"
+    )
+    (expected * 0.5).backward()
+    assert_within(found, expected.float(), TRAINING[f"loss {dtype}"], "loss")
+    for name, own, other in (("hidden", hidden_MD, wide_MD), ("weight", weight_VD, wide_VD)):
+        assert own.grad.dtype == kind
+        assert_within(own.grad, other.grad.float(), TRAINING[f"loss gradient {dtype}"], name)
+
+
+def test_large_logits_do_not_overflow():
+    hidden_MD = torch.full((2, 4), 100.0, requires_grad=True)
+    weight_VD = torch.randn(5, 4) * 100
+    total = loss.summed_cross_entropy(hidden_MD, weight_VD, torch.tensor([0, 1]))
+    total.backward()
+    assert torch.isfinite(total)
+    assert torch.isfinite(hidden_MD.grad).all()
+
+
+def test_no_gradient_is_made_when_none_is_wanted():
+    hidden_MD, weight_VD = torch.randn(3, 4), torch.randn(5, 4)
+    total = loss.summed_cross_entropy(hidden_MD, weight_VD, torch.tensor([0, 1, IGNORED]))
+    assert not total.requires_grad
