@@ -1,0 +1,1 @@
+"""Text <-> token ids: tokenizers, chat templates, and how a tokenizer is trained."""
