@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 DONE   := $(VENV)/.done
-PROMPT ?= The history of
+PROMPT ?= The history of the
 
 NATIVE_SOURCES := CMakeLists.txt $(wildcard native/*)
 CXX_SOURCES    := $(wildcard native/*.cpp native/*.h)
@@ -31,10 +31,11 @@ help:
 setup: $(DONE)/project $(KERNELS)
 
 demo: setup
-	$(BIN)/jamba generate demo --prompt "$(PROMPT)" --echo --seed 1
+	$(BIN)/jamba generate demo --prompt "$(PROMPT)" --echo --seed 7
 
+# Two processes of one thread each: processes of two threads would take turns at waiting.
 test: lint
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
 lint: setup
 	$(BIN)/ruff check .

@@ -69,11 +69,17 @@ def attempt(case: Case, bench: Bench) -> tuple[float | None, str | None]:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Keep the notes and progress bars of transformers out of the report."""
+    """Keep the notes and progress bars of transformers out of the report, meanwhile."""
     logs: Any = transformers.logging
+    verbosity, bars = logs.get_verbosity(), logs.is_progress_bar_enabled()
     logs.set_verbosity_error()
     logs.disable_progress_bar()
-    yield
+    try:
+        yield
+    finally:
+        logs.set_verbosity(verbosity)
+        if bars:
+            logs.enable_progress_bar()
 
 
 def table(rows: Sequence[Row]) -> str:

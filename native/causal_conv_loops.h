@@ -24,8 +24,8 @@ inline void taps_to_lanes(float *taps, const jamba_conv_call &call, int64_t bloc
   float flat[LANES * MAX_WIDTH] = {};
   for (int64_t i = 0; i < channels * W; i += LANES) {
     const int64_t left = channels * W - i < LANES ? channels * W - i : LANES;
-    store(flat + i, load_any(call.weight_CW, call.bfloat16 & JAMBA_WEIGHT,
-                             block * LANES * W + i, left));
+    store(flat + i,
+          load_any(call.weight_CW, call.bfloat16 & JAMBA_WEIGHT, block * LANES * W + i, left));
   }
   for (int64_t w = 0; w < W; w++) {
     Vec tap;
@@ -80,10 +80,10 @@ inline void conv_width(const jamba_conv_call &call, int64_t sequence, int64_t fi
     const int64_t strip_end = strip + CONV_BLOCKS < blocks ? strip + CONV_BLOCKS : blocks;
     for (int64_t block = strip; block < strip_end; block++) {
       taps_to_lanes(taps + (block - strip) * W * LANES, call, block);
-      store(bias + (block - strip) * LANES,
-            call.bias_C ? load_any(call.bias_C, call.bfloat16 & JAMBA_BIAS, block * LANES,
-                                   lanes_used(call, block))
-                        : Vec{});
+      store(bias + (block - strip) * LANES, call.bias_C
+                                                ? load_any(call.bias_C, call.bfloat16 & JAMBA_BIAS,
+                                                           block * LANES, lanes_used(call, block))
+                                                : Vec{});
     }
     for (int64_t row = first; row < last; row++) {
       InputRow rows[W];
@@ -144,8 +144,8 @@ inline void conv_backward_width(const jamba_conv_backward_call &call, int64_t bl
       for (int w = 0; w < W; w++) grad_x = fma(tap[w], g[L - w], grad_x);
       if (input >= tokens - L && call.grad_last_state_BLC != nullptr) {
         const int64_t kept = input - (tokens - L);
-        grad_x += load_any(call.grad_last_state_BLC, bf16, (b * L + kept) * forward.C + c0,
-                           channels);
+        grad_x +=
+            load_any(call.grad_last_state_BLC, bf16, (b * L + kept) * forward.C + c0, channels);
       }
       if (input >= 0) {
         store_any(call.grad_x_MC, bf16, (start + input) * forward.C + c0, channels, grad_x);

@@ -2,9 +2,10 @@
 // no torch and no Python headers, so one build serves every version of both.
 //
 // Shapes are in the names: M rows of all sequences laid end to end, B sequences,
-// C channels, N states, W convolution taps, L = W - 1. Callers own all memory. Tensors are row-major and their last axis is contiguous; `*_stride`
-// is the distance between rows in elements. `offsets` has B + 1 entries: sequence
-// b is rows offsets[b] .. offsets[b + 1]. Inputs are never written.
+// C channels, N states, W convolution taps, L = W - 1. Callers own all memory. Tensors are
+// row-major and their last axis is contiguous; `*_stride` is the distance between rows in elements.
+// `offsets` has B + 1 entries: sequence b is rows offsets[b] .. offsets[b + 1]. Inputs are never
+// written.
 //
 // A call is one struct of 8-byte members, so that Python fills it with a single
 // struct.pack: this costs a third of passing as many arguments through ctypes.
@@ -179,8 +180,8 @@ JAMBA_EXPORT int32_t jamba_gate_backward(const jamba_gate_backward_call *call);
 // The vector functions the kernels are made of, one value at a time for all of
 // `x_M`, so that tests can sweep their error.
 enum { JAMBA_EXP2 = 0, JAMBA_EXP = 1, JAMBA_SOFTPLUS = 2, JAMBA_SIGMOID = 3 };
-JAMBA_EXPORT int32_t jamba_vector_function(int64_t path, int64_t function, const float *x_M, float *y_M,
-                              int64_t M);
+JAMBA_EXPORT int32_t jamba_vector_function(int64_t path, int64_t function, const float *x_M,
+                                           float *y_M, int64_t M);
 
 #ifdef __cplusplus
 }

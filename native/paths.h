@@ -43,8 +43,8 @@ struct ScanChunk {
 // What backward carries from chunk to chunk, for all channel blocks: the gradient of
 // the state, and the sums over tokens. Per block, N is padded and lanes are channels.
 struct ScanCarry {
-  float *A, *grad_state, *grad_A;     // [block][state][lane]
-  float *grad_skip, *grad_dt_bias;    // [block][lane]
+  float *A, *grad_state, *grad_A;   // [block][state][lane]
+  float *grad_skip, *grad_dt_bias;  // [block][lane]
 };
 
 struct Path {

@@ -22,7 +22,7 @@ int useful_threads(int64_t threads, int64_t pieces, int64_t values) {
 }
 
 template <typename Call>
-int32_t check(const Call& call, const Path* path) {
+int32_t check(const Call &call, const Path *path) {
   if (path == nullptr) return JAMBA_NO_SUCH_PATH;
   return call.M > 0 && call.D > 0 && call.threads > 0 ? JAMBA_OK : JAMBA_BAD_SIZE;
 }
@@ -40,17 +40,17 @@ void share_rows(int64_t M, int threads, Rows rows) {
 
 using namespace jamba;
 
-int32_t jamba_norm(const jamba_norm_call* call) {
-  const Path* path = find_path(call->path);
+int32_t jamba_norm(const jamba_norm_call *call) {
+  const Path *path = find_path(call->path);
   if (const int32_t status = check(*call, path)) return status;
   share_rows(call->M, useful_threads(call->threads, call->M, call->M * call->D),
              [&](int64_t first, int64_t last) { path->norm(*call, first, last); });
   return JAMBA_OK;
 }
 
-int32_t jamba_norm_backward(const jamba_norm_backward_call* call) {
-  const jamba_norm_call& in = call->forward;
-  const Path* path = find_path(in.path);
+int32_t jamba_norm_backward(const jamba_norm_backward_call *call) {
+  const jamba_norm_call &in = call->forward;
+  const Path *path = find_path(in.path);
   if (const int32_t status = check(in, path)) return status;
   const int64_t parts = divide_up(in.M, ROWS_PER_PART);
   const int64_t width = cache_lines(in.D);
@@ -72,17 +72,17 @@ int32_t jamba_norm_backward(const jamba_norm_backward_call* call) {
   return JAMBA_OK;
 }
 
-int32_t jamba_gate(const jamba_gate_call* call) {
-  const Path* path = find_path(call->path);
+int32_t jamba_gate(const jamba_gate_call *call) {
+  const Path *path = find_path(call->path);
   if (const int32_t status = check(*call, path)) return status;
   share_rows(call->M, useful_threads(call->threads, call->M, call->M * call->D),
              [&](int64_t first, int64_t last) { path->gate(*call, first, last); });
   return JAMBA_OK;
 }
 
-int32_t jamba_gate_backward(const jamba_gate_backward_call* call) {
-  const jamba_gate_call& in = call->forward;
-  const Path* path = find_path(in.path);
+int32_t jamba_gate_backward(const jamba_gate_backward_call *call) {
+  const jamba_gate_call &in = call->forward;
+  const Path *path = find_path(in.path);
   if (const int32_t status = check(in, path)) return status;
   share_rows(in.M, useful_threads(in.threads, in.M, in.M * in.D),
              [&](int64_t first, int64_t last) { path->gate_backward(*call, first, last); });

@@ -28,7 +28,7 @@ JAMBA_INLINE Vec rounded_as(bool bfloat16, Vec v) {
   return load_bfloat16(half);
 }
 
-inline void norm(const jamba_norm_call& call, int64_t first, int64_t last) {
+inline void norm(const jamba_norm_call &call, int64_t first, int64_t last) {
   const bool half = call.bfloat16 & JAMBA_U, half_weight = call.bfloat16 & JAMBA_WEIGHT;
   for (int64_t m = first; m < last; m++) {
     const int64_t row = m * call.x_stride;
@@ -51,9 +51,9 @@ inline void norm(const jamba_norm_call& call, int64_t first, int64_t last) {
 
 // With z = x / rms and g = grad_y * weight:
 //   grad_x = (g - z mean(g z)) / rms,   grad_weight = sum over rows of grad_y z
-inline void norm_backward(const jamba_norm_backward_call& call, int64_t first, int64_t last,
-                          float* grad_weight) {
-  const jamba_norm_call& in = call.forward;
+inline void norm_backward(const jamba_norm_backward_call &call, int64_t first, int64_t last,
+                          float *grad_weight) {
+  const jamba_norm_call &in = call.forward;
   const bool half = in.bfloat16 & JAMBA_U, half_weight = in.bfloat16 & JAMBA_WEIGHT;
   for (int64_t m = first; m < last; m++) {
     const int64_t row = m * in.x_stride, grad_row = m * call.grad_y_stride;
@@ -79,7 +79,7 @@ inline void norm_backward(const jamba_norm_backward_call& call, int64_t first, i
   }
 }
 
-inline void gate(const jamba_gate_call& call, int64_t first, int64_t last) {
+inline void gate(const jamba_gate_call &call, int64_t first, int64_t last) {
   const bool half = call.bfloat16 & JAMBA_U;
   for (int64_t m = first; m < last; m++) {
     for (int64_t i = 0; i < call.D; i += LANES) {
@@ -92,8 +92,8 @@ inline void gate(const jamba_gate_call& call, int64_t first, int64_t last) {
 }
 
 // With s = sigmoid(z): grad_x = grad_y z s,   grad_z = grad_y x s (1 + z (1 - s))
-inline void gate_backward(const jamba_gate_backward_call& call, int64_t first, int64_t last) {
-  const jamba_gate_call& in = call.forward;
+inline void gate_backward(const jamba_gate_backward_call &call, int64_t first, int64_t last) {
+  const jamba_gate_call &in = call.forward;
   const bool half = in.bfloat16 & JAMBA_U;
   for (int64_t m = first; m < last; m++) {
     for (int64_t i = 0; i < in.D; i += LANES) {

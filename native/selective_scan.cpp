@@ -29,8 +29,8 @@ bool sizes_are_valid(const jamba_scan_call &call) {
 
 int useful_threads(const jamba_scan_call &call, int64_t pieces) {
   const int64_t elements = call.M * call.C * call.N;
-  return (int)std::max<int64_t>(
-      1, std::min({call.threads, pieces, elements / ELEMENTS_PER_THREAD}));
+  return (int)std::max<int64_t>(1,
+                                std::min({call.threads, pieces, elements / ELEMENTS_PER_THREAD}));
 }
 
 void forward(const Path &path, const jamba_scan_call &call, int threads,
@@ -117,8 +117,7 @@ int32_t backward(const Path &path, const jamba_scan_backward_call &call) {
     const int64_t first_row = chunks[slab].first_row;
     const int64_t end_row = chunks[slab_end - 1].first_row + chunks[slab_end - 1].num_rows;
     const auto sums_at = [&](int64_t group, int64_t row) {
-      return sums.data() +
-             (group * SLAB_CHUNKS * CHECKPOINT_TOKENS + row - first_row) * padded;
+      return sums.data() + (group * SLAB_CHUNKS * CHECKPOINT_TOKENS + row - first_row) * padded;
     };
 #pragma omp for schedule(static)
     for (int64_t piece = 0; piece < threads; piece++) {
@@ -128,8 +127,8 @@ int32_t backward(const Path &path, const jamba_scan_backward_call &call) {
         for (int64_t i = slab_end - 1; i >= slab; i--) {
           float *grad_B = sums_at(group, chunks[i].first_row);
           path.scan_backward(call, chunks[i], carry, group * per_group,
-                             std::min((group + 1) * per_group, blocks), grad_B,
-                             grad_B + sums_size, own);
+                             std::min((group + 1) * per_group, blocks), grad_B, grad_B + sums_size,
+                             own);
         }
       }
     }

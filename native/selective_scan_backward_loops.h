@@ -38,8 +38,8 @@ inline int64_t scan_backward_scratch(const jamba_scan_call &call, int64_t blocks
 
 inline void scan_backward_begin(const jamba_scan_call &call, const ScanCarry &carry,
                                 int64_t block) {
-  states_to_lanes(carry.A + block * padded_states(call.N) * LANES, call.A_CN + block * LANES * call.N,
-                  lanes_used(call, block), call.N);
+  states_to_lanes(carry.A + block * padded_states(call.N) * LANES,
+                  call.A_CN + block * LANES * call.N, lanes_used(call, block), call.N);
 }
 
 // Rows outside, blocks inside, as in scan_strip.
@@ -132,8 +132,8 @@ inline void finish_tokens(const jamba_scan_backward_call &call, const ScanChunk 
       const Vec skip = load_any(forward.skip_C, forward.bfloat16 & JAMBA_SKIP, c0, channels);
       const Vec u = load(from.u + t * LANES), grad_y = load(from.grad_y + t * LANES);
       const Vec grad_input = load(from.grad_input + t * LANES);
-      const Vec grad_dt = fma(grad_input, u, load(from.grad_step + t * LANES)) *
-                          load(from.slope + t * LANES);
+      const Vec grad_dt =
+          fma(grad_input, u, load(from.grad_step + t * LANES)) * load(from.slope + t * LANES);
       const Vec grad_u = fma(grad_input, load(from.dt + t * LANES), skip * grad_y);
       const int64_t at = (chunk.first_row + t) * forward.C + c0;
       store_any(call.grad_u_MC, forward.bfloat16 & JAMBA_U, at, channels, grad_u);

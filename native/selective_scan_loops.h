@@ -69,7 +69,7 @@ inline Rows widen_rows(const void *array, bool bfloat16, int64_t stride, int64_t
 
 // What one block keeps while a strip of blocks goes through FORWARD_TOKENS tokens.
 struct ForwardTokens {
-  float steps[FORWARD_TOKENS * LANES];  // dt log2(e), so that exp(dt A) is 2^(step A)
+  float steps[FORWARD_TOKENS * LANES];   // dt log2(e), so that exp(dt A) is 2^(step A)
   float inputs[FORWARD_TOKENS * LANES];  // dt u
   float y[FORWARD_TOKENS * LANES];
 };
@@ -177,16 +177,14 @@ inline void scan_few_tokens(const jamba_scan_call &call, int64_t sequence, int64
   const float *state = call.state_BCN ? call.state_BCN + state_at : nullptr;
   float *last_state = call.last_state_BCN + state_at;
   for (int64_t row = call.offsets[sequence]; row < call.offsets[sequence + 1]; row++) {
-    const Vec u =
-        load_any(call.u_MC, call.bfloat16 & JAMBA_U, row * call.u_stride + c0, channels);
+    const Vec u = load_any(call.u_MC, call.bfloat16 & JAMBA_U, row * call.u_stride + c0, channels);
     const Vec dt = softplus(
         load_any(call.dt_MC, call.bfloat16 & JAMBA_DT, row * call.dt_stride + c0, channels) + bias);
     const Vec steps = dt * LOG2_E, inputs = dt * u;
     const Rows B =
         widen_rows(call.B_MN, call.bfloat16 & JAMBA_B, call.B_stride, row, 1, N, scratch);
-    const Rows C =
-        widen_rows(call.C_MN, call.bfloat16 & JAMBA_C, call.C_stride, row, 1, N,
-                   scratch + padded_states(N));
+    const Rows C = widen_rows(call.C_MN, call.bfloat16 & JAMBA_C, call.C_stride, row, 1, N,
+                              scratch + padded_states(N));
     Vec products[LANES] = {};
     for (int64_t c = 0; c < channels; c++) {
       const float *A_N = call.A_CN + (c0 + c) * N;

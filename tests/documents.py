@@ -80,7 +80,7 @@ class Sandbox:
             "PYTHONPATH": str(ROOT / "src"),
             "HOME": str(folder / "home"),
             "COLUMNS": "100",
-            "OMP_NUM_THREADS": "2",
+            "OMP_NUM_THREADS": "1",
         }
 
     def run(self, command: str) -> subprocess.CompletedProcess[str]:

@@ -81,7 +81,8 @@ def assert_same_distribution(found: torch.Tensor, expected: torch.Tensor):
         ({"repetition_penalty": 1.3}, RepetitionPenaltyLogitsProcessor(1.3)),
         ({"repetition_penalty": 0.8}, RepetitionPenaltyLogitsProcessor(0.8)),
     ],
-    ids=str,
+    # The default name of an object holds its address, which parallel workers do not share.
+    ids=lambda value: str(value) if isinstance(value, dict) else type(value).__name__,
 )
 def test_each_step_is_that_of_transformers(options: dict, processor, seed: int):
     logits_V = some_logits(seed)

@@ -97,7 +97,7 @@ def test_its_card_says_what_it_learned_from(held_out):
         "jamba train",
     ):
         assert words in card
-    manifest = json.loads((FOLDER.parents[2] / "recipes" / "demo_manifest.json").read_text())
+    manifest = json.loads((ROOT / "recipes" / "demo_manifest.json").read_text())
     for source in manifest["packages"]:
         assert f"{source['package']} {source['version']}" in card
     for side in ("train", "validation"):

@@ -124,7 +124,7 @@ VALUES = st.recursive(
         )
     )
 )
-@hypothesis.settings(max_examples=300)
+@hypothesis.settings(max_examples=150)
 def test_any_settings_are_refused_or_read(settings_folder, settings):
     name, values = settings
     for other in KEYS:

@@ -225,6 +225,12 @@ def test_what_is_no_json_object_is_refused(tmp_path, content):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("path", ["a" * 5000, "a\0b", "", "/dev/null", "/proc/self/mem"])
+def test_a_path_that_is_no_tokenizer_is_refused(path):
+    with pytest.raises(TokenizerError, match=r"expected a tokenizer\.json"):
+        load_tokenizer(path)
+
+
 def test_a_missing_tokenizer_is_refused(tmp_path):
     with pytest.raises(TokenizerError, match=r"expected a tokenizer\.json"):
         load_tokenizer(tmp_path)

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from jamba_lm.errors import InputError, TokenizerError
+from jamba_lm.files import path_kind
 from jamba_lm.text.template_sandbox import SOURCE_LIMIT_CHARACTERS, BoundedTemplate
 
 Message = Mapping[str, Any]
@@ -111,10 +112,10 @@ def read_chat_template(
             f"tokenizer_config.json: chat_template is {value!r:.80}, expected a text or a list"
         )
     paths = {"default": folder / "chat_template.jinja"}
-    if (folder / "additional_chat_templates").is_dir():
+    if path_kind(folder / "additional_chat_templates") == "folder":
         paths |= {p.stem: p for p in sorted((folder / "additional_chat_templates").glob("*.jinja"))}
     for name, path in paths.items():
-        if path.exists():
+        if path_kind(path) != "missing":
             sources[name] = _read_source(path)
     if not sources:
         return None
@@ -122,6 +123,8 @@ def read_chat_template(
 
 
 def _read_source(path: Path) -> str:
+    if path_kind(path) != "file":
+        raise TokenizerError(f"chat template {str(path)!r} is not a regular file")
     try:
         with path.open("rb") as file:
             data = file.read(4 * SOURCE_LIMIT_CHARACTERS + 1)

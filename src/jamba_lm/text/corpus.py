@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from jamba_lm.errors import DataError
-from jamba_lm.files import MIB, parse_json
+from jamba_lm.files import MIB, parse_json, path_kind
 
 PIECE_BYTES = 16 * 1024
 # A longer line of a text file is cut at a space; a longer line of a .jsonl file is refused.
@@ -30,7 +30,7 @@ def read_pieces(path: Path, *, field: str = "text") -> Iterator[tuple[str, int]]
         DataError: the file is missing, empty, binary or not UTF-8, or a line of a .jsonl file is
             not an object with a text; the message names the file and the place.
     """
-    if not path.is_file():
+    if path_kind(path) != "file":
         raise DataError(f"no text at {str(path)!r}: expected a UTF-8 text file or a .jsonl file")
     read = _read_json_lines if path.suffix == ".jsonl" else _read_text
     empty = True
@@ -47,7 +47,7 @@ def read_pieces(path: Path, *, field: str = "text") -> Iterator[tuple[str, int]]
 
 def total_bytes(paths: Sequence[Path]) -> int:
     """Add up the sizes of the files that exist, for a progress line."""
-    return sum(path.stat().st_size for path in paths if path.is_file())
+    return sum(path.stat().st_size for path in paths if path_kind(path) == "file")
 
 
 def _read_text(file: BinaryIO, path: Path, field: str) -> Iterator[tuple[str, int]]:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from jamba_lm.errors import TokenizerError
-from jamba_lm.files import read_json
+from jamba_lm.files import path_kind, read_json
 from jamba_lm.text.tokenizer_file import ID_LIMIT, TokenizerFile
 
 SETTINGS, GENERATION, MODEL = "tokenizer_config.json", "generation_config.json", "config.json"
@@ -53,7 +53,9 @@ def read_special_tokens(folder: Path, file: TokenizerFile) -> SpecialTokens:
         TokenizerError: a file is malformed, or names a token that the vocabulary lacks.
     """
     files = {
-        name: read_json(folder / name, what, TokenizerError) if (folder / name).exists() else {}
+        name: {}
+        if path_kind(folder / name) == "missing"
+        else read_json(folder / name, what, TokenizerError)
         for name, what in (
             (SETTINGS, "tokenizer settings"),
             (GENERATION, "generation settings"),

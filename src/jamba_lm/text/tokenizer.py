@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from jamba_lm.errors import InputError, TokenizerError
+from jamba_lm.files import path_kind
 from jamba_lm.text.chat_template import (
     ChatTemplate,
     Message,
@@ -296,9 +297,11 @@ def load_tokenizer(path: str | PathLike[str]) -> Tokenizer:
     """
     given = Path(path)
     json_path = (
-        given if given.suffix == ".json" and not given.is_dir() else given / "tokenizer.json"
+        given
+        if given.suffix == ".json" and path_kind(given) != "folder"
+        else given / "tokenizer.json"
     )
-    if not json_path.is_file():
+    if path_kind(json_path) != "file":
         raise TokenizerError(
             f"no tokenizer at {str(path)!r}: expected a tokenizer.json, or a folder that holds one"
         )

@@ -25,7 +25,7 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
 from jamba_lm.errors import DataError, InputError
-from jamba_lm.files import sync_folder, write_json
+from jamba_lm.files import path_kind, sync_folder, write_json
 from jamba_lm.text.chat_template import CHATML_TEMPLATE
 from jamba_lm.text.corpus import read_pieces, total_bytes
 
@@ -143,13 +143,13 @@ def train_tokenizer(
     """
     if not files:
         raise InputError("no text to train on: give one file or more")
-    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
-        raise InputError(f"{str(out)!r} exists: name a new folder, or remove it first")
+    _check_free(out)
     started = time.monotonic()
     corpus = _Corpus(files, recipe.field, hold_out=hold_out, progress=progress)
-    pieces, merges = _learn_merges(recipe, corpus)
-    document = _tokenizer_json(recipe, pieces, merges)
+    # The folder comes first: that it cannot be made should not be found out after the work.
     with _new_folder(out) as folder:
+        pieces, merges = _learn_merges(recipe, corpus)
+        document = _tokenizer_json(recipe, pieces, merges)
         write_json(folder / "tokenizer.json", document)
         write_json(folder / "tokenizer_config.json", _tokenizer_config(recipe))
     return TrainedTokenizer(
@@ -309,6 +309,17 @@ def _tokenizer_config(recipe: TokenizerRecipe) -> dict[str, Any]:
         },
         "chat_template": CHATML_TEMPLATE,
     }
+
+
+def _check_free(out: Path) -> None:
+    """Refuse to write where something is, before any work is done."""
+    kind = path_kind(out)
+    try:
+        taken = kind != "missing" and (kind != "folder" or any(out.iterdir()))
+    except OSError as error:
+        raise InputError(f"cannot look into {str(out)!r}: {error.strerror or error}") from error
+    if taken:
+        raise InputError(f"{str(out)!r} exists: name a new folder, or remove it first")
 
 
 @contextmanager

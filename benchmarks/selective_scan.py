@@ -1,0 +1,182 @@
+"""The selective scan alone: time per element, against loops, a parallel scan and the processor.
+
+    python -m benchmarks.selective_scan [--tokens 512] [--channels 2048] [--threads 1] [--out FILE]
+
+An element is one (token, channel, state). The contract tests run first. The loop is the
+definition in `kernels/reference.py`, which steps through time in Python as transformers does;
+mambapy's parallel scan takes part when it is installed (`pip install mambapy`).
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.harness import (
+    Calibration,
+    Timing,
+    fma_nanoseconds,
+    hardware,
+    require_green,
+    timing_record,
+    write_result,
+)
+from jamba_lm.kernels import native_scan, reference
+from jamba_lm.kernels.library import loaded_library
+
+STATES = 16
+REPEATS = 25
+LOOP_REPEATS = 3
+
+
+def inputs_of(tokens: int, channels: int, *, gradients: bool) -> list[Tensor]:
+    """Draw u, dt, its bias, A, B, C and D as a fresh Mamba layer would see them."""
+    draw = torch.Generator().manual_seed(0)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=draw)
+
+    inputs = [
+        normal(tokens, channels),
+        0.1 * normal(tokens, channels),
+        normal(channels) - 4.5,
+        -torch.arange(1.0, STATES + 1).repeat(channels, 1),
+        normal(tokens, STATES),
+        normal(tokens, STATES),
+        torch.ones(channels),
+    ]
+    return [x.requires_grad_(gradients) for x in inputs]
+
+
+def run_native(inputs: list[Tensor], offsets: Tensor, path: str) -> Tensor:
+    """Run the native scan of one instruction set."""
+    u, dt, bias, A, B, C, skip = inputs
+    return native_scan.selective_scan(u, dt, bias, A, B, C, skip, offsets, None, path=path)[0]
+
+
+def native_times(tokens: int, channels: int, path: str) -> dict[str, Timing]:
+    """Time the native scan of one instruction set, forward and with its gradients."""
+    offsets = torch.tensor([0, tokens])
+    plain = inputs_of(tokens, channels, gradients=False)
+    learning = inputs_of(tokens, channels, gradients=True)
+    slope_MC = torch.ones(tokens, channels)
+
+    def both() -> None:
+        torch.autograd.grad(run_native(learning, offsets, path), learning, slope_MC)
+
+    def forward() -> None:
+        run_native(plain, offsets, path)
+
+    return {"forward": Timing.of(forward, REPEATS), "forward+backward": Timing.of(both, REPEATS)}
+
+
+def loop_times(tokens: int, channels: int) -> dict[str, Timing]:
+    """Time the definition: a loop over time in Python."""
+    u, dt, bias, A, B, C, skip = inputs_of(tokens, channels, gradients=False)
+    offsets = torch.tensor([0, tokens])
+
+    def forward() -> None:
+        reference.selective_scan(u, dt, bias, A, B, C, skip, offsets)
+
+    return {"forward": Timing.of(forward, LOOP_REPEATS, warm_up=1)}
+
+
+def parallel_scan_times(tokens: int, channels: int) -> dict[str, Timing]:
+    """Time mambapy's parallel scan, on inputs made as it wants them."""
+    from mambapy.pscan import pscan  # type: ignore[import-not-found, import-untyped, unused-ignore]
+
+    u, dt, bias, A, B, C, _ = inputs_of(tokens, channels, gradients=True)
+
+    def run() -> Tensor:
+        step = torch.nn.functional.softplus(dt + bias)[None, :, :, None]
+        decay = torch.exp(step * A)
+        hidden = pscan(decay, step * B[None, :, None, :] * u[None, :, :, None])
+        return (hidden @ C[None, :, :, None]).squeeze(-1)
+
+    def forward() -> None:
+        with torch.no_grad():
+            run()
+
+    def both() -> None:
+        torch.autograd.grad(run().sum(), [u, dt, bias, A, B, C])
+
+    return {
+        "forward": Timing.of(forward, LOOP_REPEATS, warm_up=1),
+        "forward+backward": Timing.of(both, LOOP_REPEATS, warm_up=1),
+    }
+
+
+def measure(tokens: int, channels: int) -> dict[str, Any]:
+    """Run everything between two calibrations."""
+    before = fma_nanoseconds()
+    times = {path: native_times(tokens, channels, path) for path in loaded_library().paths_here}
+    after = fma_nanoseconds()
+    times["loop over time in Python"] = loop_times(tokens, channels)
+    if importlib.util.find_spec("mambapy") is not None:
+        times["mambapy, parallel scan"] = parallel_scan_times(tokens, channels)
+    calibration = Calibration(before, after)
+    elements = tokens * channels * STATES
+    return {
+        "hardware": hardware() | {"threads": torch.get_num_threads()},
+        "elements": elements,
+        "fma_nanoseconds": before,
+        "contaminated": not calibration.steady,
+        "seconds": {
+            name: {what: timing_record(timing) for what, timing in each.items()}
+            for name, each in times.items()
+        },
+        "nanoseconds_per_element": {
+            name: {what: 1e9 * timing.median / elements for what, timing in each.items()}
+            for name, each in times.items()
+        },
+    }
+
+
+def table(result: dict[str, Any]) -> str:
+    """Return the result as a Markdown table; ratios are to the first row."""
+    per_element = result["nanoseconds_per_element"]
+    first = next(iter(per_element.values()))
+    lines = [
+        "| scan | forward, ns | ratio | forward + backward, ns | ratio |",
+        "| --- | ---: | ---: | ---: | ---: |",
+    ]
+    for name, each in per_element.items():
+        cells = [name]
+        for what in ("forward", "forward+backward"):
+            known = what in each
+            cells.append(f"{each[what]:.3f}" if known else "not run")
+            cells.append(f"{each[what] / first[what]:.1f}" if known else "")
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Print a table and, with --out, write the JSON record."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--tokens", type=int, default=512)
+    parser.add_argument("--channels", type=int, default=2048)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--out", type=Path, help="write the record as JSON")
+    options = parser.parse_args()
+    require_green("tests/kernels/test_scan_contract.py")
+    torch.set_num_threads(options.threads)
+    result = measure(options.tokens, options.channels)
+    print(table(result))
+    slots = 16 * result["nanoseconds_per_element"]["avx512"]["forward"] / result["fma_nanoseconds"]
+    print(
+        f"\none multiply-add of the widest vectors takes {result['fma_nanoseconds']:.4f} ns; 16 "
+        f"elements of the AVX-512 forward pass take the time of {slots:.1f} of them"
+    )
+    print(f"{result['hardware']}")
+    if result["contaminated"]:
+        print("CONTAMINATED: the machine was not quiet; do not quote these numbers")
+    write_result(options.out, result)
+
+
+if __name__ == "__main__":
+    main()
