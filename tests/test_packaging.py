@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import sysconfig
 import zipfile
 from pathlib import Path
 
@@ -58,10 +59,12 @@ def test_without_a_compiler_the_command_works_and_doctor_says_why(plain_wheel, t
     code = "import sys; from jamba_lm.cli.main import main; sys.exit(main())"
 
     def jamba(*arguments: str) -> subprocess.CompletedProcess[str]:
+        # -S: the editable install of a checkout hooks imports, and would come before the wheel.
+        packages = sysconfig.get_paths()["purelib"]
         return subprocess.run(
-            [sys.executable, "-P", "-c", code, *arguments],
+            [sys.executable, "-S", "-P", "-c", code, *arguments],
             cwd=tmp_path,
-            env=os.environ | {"PYTHONPATH": str(tmp_path)},
+            env=os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), packages])},
             capture_output=True,
             text=True,
         )
