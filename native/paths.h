@@ -13,10 +13,8 @@ constexpr int64_t CHECKPOINT_TOKENS = JAMBA_CHECKPOINT_TOKENS;
 // accumulates over tokens beside them, fit in the register file.
 constexpr int64_t STATE_GROUP = JAMBA_CHECKPOINT_STATES;
 
-// Tokens whose step sizes and inputs are prepared at once: few enough that those of a
-// strip of blocks stay near.
-constexpr int64_t FORWARD_TOKENS = 16;
-static_assert(FORWARD_TOKENS % CHECKPOINT_TOKENS == 0, "checkpoints fall on prepared tokens");
+// Tokens that forward takes before it moves on to the next channels.
+constexpr int64_t FORWARD_TOKENS = CHECKPOINT_TOKENS;
 
 // Static, so that the copies compiled for each instruction set stay apart.
 static inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -53,7 +51,7 @@ struct Path {
   bool (*runs_here)();
 
   // Floats of scratch memory that each of the calls below needs.
-  int64_t (*scan_scratch)(const jamba_scan_call &call);
+  int64_t (*scan_scratch)(const jamba_scan_call &call, int64_t blocks);
   int64_t (*scan_backward_scratch)(const jamba_scan_call &call, int64_t blocks);
   int64_t (*conv_scratch)(const jamba_conv_call &call);
 

@@ -123,8 +123,8 @@ int32_t backward(const Path &path, const jamba_scan_backward_call &call) {
     for (int64_t piece = 0; piece < threads; piece++) {
       const int64_t first = groups * piece / threads, last = groups * (piece + 1) / threads;
       float *own = scratch.data() + piece * scratch_size;
-      for (int64_t group = first; group < last; group++) {
-        for (int64_t i = slab_end - 1; i >= slab; i--) {
+      for (int64_t i = slab_end - 1; i >= slab; i--) {
+        for (int64_t group = first; group < last; group++) {
           float *grad_B = sums_at(group, chunks[i].first_row);
           path.scan_backward(call, chunks[i], carry, group * per_group,
                              std::min((group + 1) * per_group, blocks), grad_B, grad_B + sums_size,
@@ -167,7 +167,8 @@ int32_t jamba_selective_scan(const jamba_scan_call *call) try {
   const Path *path = find_path(call->path);
   if (const int32_t status = check(*call, path)) return status;
   const int threads = useful_threads(*call, call->B * divide_up(call->C, path->lanes));
-  const int64_t scratch_size = cache_lines(path->scan_scratch(*call));
+  const int64_t scratch_size =
+      cache_lines(path->scan_scratch(*call, divide_up(call->C, path->lanes)));
   const Scratch scratch(threads * scratch_size);
   if (!scratch.data()) return JAMBA_NO_MEMORY;
   forward(*path, *call, threads, first_checkpoints(*call), scratch, scratch_size);

@@ -19,16 +19,20 @@ struct BlockTokens {
   float grad_step[CHUNK * LANES], grad_input[CHUNK * LANES];  // by exp(dt A), by dt u
 };
 
+// States that backward works on at a time: half a group, so that what it keeps of a chunk
+// takes less than half of the first-level cache.
+constexpr int64_t FEW_STATES = STATE_GROUP / 2;
+
 // Per (token, state): exp(dt A), exp(dt A) h_{t-1}, and the sums over blocks for B and C.
-// With a chunk of 16 tokens and 8 states all of them fit in the first-level cache. They
-// lie side by side because arrays a multiple of 4 KiB apart would make each load wait for
-// the store before it, whose address has the same low bits.
 struct TokenState {
   float decay[LANES], decayed[LANES], grad_B[LANES], grad_C[LANES];
+  // An odd number of cache lines: with four, each load waits for stores of a few tokens ago
+  // whose addresses have the same low 12 bits, and backward takes a quarter longer.
+  float unused[LANES];
 };
 
 struct ChunkStates {
-  TokenState of[CHUNK][STATE_GROUP];
+  TokenState of[CHUNK][FEW_STATES];
 };
 
 inline int64_t scan_backward_scratch(const jamba_scan_call &call, int64_t blocks) {
@@ -42,42 +46,53 @@ inline void scan_backward_begin(const jamba_scan_call &call, const ScanCarry &ca
                   call.A_CN + block * LANES * call.N, lanes_used(call, block), call.N);
 }
 
-// Rows outside, blocks inside, as in scan_strip.
-inline void prepare_tokens(const jamba_scan_backward_call &call, const ScanChunk &chunk,
-                           int64_t first, int64_t last, BlockTokens *tokens) {
+template <bool U_BFLOAT16, bool DT_BFLOAT16>
+inline void prepare_backward(const jamba_scan_backward_call &call, const ScanChunk &chunk,
+                             int64_t block, Vec bias, BlockTokens &tokens) {
   const jamba_scan_call &forward = call.forward;
-  const bool u_bf16 = forward.bfloat16 & JAMBA_U, dt_bf16 = forward.bfloat16 & JAMBA_DT;
+  const int64_t c0 = block * LANES, left = forward.C - c0;
   for (int64_t t = 0; t < chunk.num_rows; t++) {
-    const int64_t row = chunk.first_row + t;
-    for (int64_t block = first; block < last; block++) {
-      const int64_t channels = lanes_used(forward, block), c0 = block * LANES;
-      BlockTokens &to = tokens[block - first];
-      const Vec bias = load_any(forward.dt_bias_C, forward.bfloat16 & JAMBA_DT_BIAS, c0, channels);
-      const SoftplusAndSlope dt = softplus_and_slope(
-          load_any(forward.dt_MC, dt_bf16, row * forward.dt_stride + c0, channels) + bias);
-      store(to.dt + t * LANES, dt.value);
-      store(to.slope + t * LANES, dt.slope);
-      store(to.u + t * LANES,
-            load_any(forward.u_MC, u_bf16, row * forward.u_stride + c0, channels));
-      store(to.grad_y + t * LANES,
-            load_any(call.grad_y_MC, u_bf16, row * call.grad_y_stride + c0, channels));
-      store(to.grad_step + t * LANES, Vec{});
-      store(to.grad_input + t * LANES, Vec{});
-    }
+    const int64_t row = chunk.first_row + t, u_at = row * forward.u_stride + c0;
+    const int64_t dt_at = row * forward.dt_stride + c0, y_at = row * call.grad_y_stride + c0;
+    prefetch_after<U_BFLOAT16>(forward.u_MC, u_at);
+    prefetch_after<DT_BFLOAT16>(forward.dt_MC, dt_at);
+    prefetch_after<U_BFLOAT16>(call.grad_y_MC, y_at);
+    prefetch_at<U_BFLOAT16>(call.grad_u_MC, row * forward.C + c0);
+    prefetch_at<DT_BFLOAT16>(call.grad_dt_MC, row * forward.C + c0);
+    const SoftplusAndSlope dt =
+        softplus_and_slope(load_as<DT_BFLOAT16>(forward.dt_MC, dt_at, left) + bias);
+    store(tokens.dt + t * LANES, dt.value);
+    store(tokens.slope + t * LANES, dt.slope);
+    store(tokens.u + t * LANES, load_as<U_BFLOAT16>(forward.u_MC, u_at, left));
+    store(tokens.grad_y + t * LANES, load_as<U_BFLOAT16>(call.grad_y_MC, y_at, left));
+    store(tokens.grad_step + t * LANES, Vec{});
+    store(tokens.grad_input + t * LANES, Vec{});
   }
+}
+
+inline void prepare_backward_of_any(const jamba_scan_backward_call &call, const ScanChunk &chunk,
+                                    int64_t block, BlockTokens &tokens) {
+  const jamba_scan_call &forward = call.forward;
+  const int64_t c0 = block * LANES;
+  const Vec bias =
+      load_any(forward.dt_bias_C, forward.bfloat16 & JAMBA_DT_BIAS, c0, forward.C - c0);
+  const bool u = forward.bfloat16 & JAMBA_U, dt = forward.bfloat16 & JAMBA_DT;
+  const auto prepare = u ? (dt ? prepare_backward<true, true> : prepare_backward<true, false>)
+                         : (dt ? prepare_backward<false, true> : prepare_backward<false, false>);
+  prepare(call, chunk, block, bias, tokens);
 }
 
 // Recomputes h over the chunk, keeping what the way back needs; dC is done on the way.
 JAMBA_INLINE void recompute_states(const BlockTokens &tokens, ChunkStates &states, const float *A,
                                    const float *checkpoint, Rows B, int64_t count) {
-  constexpr int G = STATE_GROUP;
+  constexpr int G = FEW_STATES;
   Vec h[G], a[G];
   for (int n = 0; n < G; n++) h[n] = load(checkpoint + n * LANES), a[n] = load(A + n * LANES);
   for (int64_t t = 0; t < count; t++) {
     const Vec dt = load(tokens.dt + t * LANES), step = dt * LOG2_E;
     const Vec input = dt * load(tokens.u + t * LANES), grad_y = load(tokens.grad_y + t * LANES);
     const float *B_N = B.data + t * B.stride;
-#pragma GCC unroll 8
+#pragma GCC unroll 4
     for (int n = 0; n < G; n++) {
       TokenState &state = states.of[t][n];
       const Vec decay = exp2_product(step, a[n]), decayed = decay * h[n];
@@ -91,7 +106,7 @@ JAMBA_INLINE void recompute_states(const BlockTokens &tokens, ChunkStates &state
 
 JAMBA_INLINE void reverse_states(BlockTokens &tokens, ChunkStates &states, const float *A,
                                  float *grad_state, float *grad_A, Rows B, Rows C, int64_t count) {
-  constexpr int G = STATE_GROUP;
+  constexpr int G = FEW_STATES;
   Vec g[G], sum_A[G];
   for (int n = 0; n < G; n++) {
     g[n] = load(grad_state + n * LANES), sum_A[n] = load(grad_A + n * LANES);
@@ -102,7 +117,7 @@ JAMBA_INLINE void reverse_states(BlockTokens &tokens, ChunkStates &states, const
     const float *B_N = B.data + t * B.stride, *C_N = C.data + t * C.stride;
     Vec grad_step = load(tokens.grad_step + t * LANES);
     Vec grad_input = load(tokens.grad_input + t * LANES);
-#pragma GCC unroll 8
+#pragma GCC unroll 4
     for (int n = 0; n < G; n++) {
       TokenState &state = states.of[t][n];
       const Vec grad_h = fma(set(C_N[n]), grad_y, g[n]);
@@ -121,32 +136,31 @@ JAMBA_INLINE void reverse_states(BlockTokens &tokens, ChunkStates &states, const
   }
 }
 
-inline void finish_tokens(const jamba_scan_backward_call &call, const ScanChunk &chunk,
-                          const ScanCarry &carry, int64_t first, int64_t last,
-                          const BlockTokens *tokens) {
+inline void finish_backward(const jamba_scan_backward_call &call, const ScanChunk &chunk,
+                            const ScanCarry &carry, int64_t block, const BlockTokens &tokens) {
   const jamba_scan_call &forward = call.forward;
+  const int64_t c0 = block * LANES, left = forward.C - c0;
+  const Vec skip = load_any(forward.skip_C, forward.bfloat16 & JAMBA_SKIP, c0, left);
+  Vec sum_skip = load(carry.grad_skip + c0), sum_bias = load(carry.grad_dt_bias + c0);
   for (int64_t t = chunk.num_rows - 1; t >= 0; t--) {
-    for (int64_t block = first; block < last; block++) {
-      const int64_t channels = lanes_used(forward, block), c0 = block * LANES;
-      const BlockTokens &from = tokens[block - first];
-      const Vec skip = load_any(forward.skip_C, forward.bfloat16 & JAMBA_SKIP, c0, channels);
-      const Vec u = load(from.u + t * LANES), grad_y = load(from.grad_y + t * LANES);
-      const Vec grad_input = load(from.grad_input + t * LANES);
-      const Vec grad_dt =
-          fma(grad_input, u, load(from.grad_step + t * LANES)) * load(from.slope + t * LANES);
-      const Vec grad_u = fma(grad_input, load(from.dt + t * LANES), skip * grad_y);
-      const int64_t at = (chunk.first_row + t) * forward.C + c0;
-      store_any(call.grad_u_MC, forward.bfloat16 & JAMBA_U, at, channels, grad_u);
-      store_any(call.grad_dt_MC, forward.bfloat16 & JAMBA_DT, at, channels, grad_dt);
-      store(carry.grad_skip + c0, fma(grad_y, u, load(carry.grad_skip + c0)));
-      store(carry.grad_dt_bias + c0, load(carry.grad_dt_bias + c0) + grad_dt);
-    }
+    const Vec u = load(tokens.u + t * LANES), grad_y = load(tokens.grad_y + t * LANES);
+    const Vec grad_input = load(tokens.grad_input + t * LANES);
+    const Vec grad_dt =
+        fma(grad_input, u, load(tokens.grad_step + t * LANES)) * load(tokens.slope + t * LANES);
+    const Vec grad_u = fma(grad_input, load(tokens.dt + t * LANES), skip * grad_y);
+    const int64_t at = (chunk.first_row + t) * forward.C + c0;
+    store_any(call.grad_u_MC, forward.bfloat16 & JAMBA_U, at, left, grad_u);
+    store_any(call.grad_dt_MC, forward.bfloat16 & JAMBA_DT, at, left, grad_dt);
+    sum_skip = fma(grad_y, u, sum_skip);
+    sum_bias += grad_dt;
   }
+  store(carry.grad_skip + c0, sum_skip);
+  store(carry.grad_dt_bias + c0, sum_bias);
 }
 
 // Adds up the lanes of `sums`, the first of its kind in states, into rows of padded states.
 inline void sum_lanes(float *rows, const float *sums, int64_t padded, int64_t count) {
-  constexpr int64_t G = STATE_GROUP, DISTANCE = sizeof(TokenState) / sizeof(float);
+  constexpr int64_t G = FEW_STATES, DISTANCE = sizeof(TokenState) / sizeof(float);
   for (int64_t i = 0; i < count * G; i += LANES) {
     Vec group[LANES];
     for (int l = 0; l < LANES; l++) group[l] = load(sums + (i + l) * DISTANCE);
@@ -179,10 +193,12 @@ inline void scan_backward(const jamba_scan_backward_call &call, const ScanChunk 
       states_to_lanes(carry.grad_state + block * padded * LANES,
                       from ? from + state_at(block) : nullptr, lanes_used(forward, block), N);
     }
+    prepare_backward_of_any(call, chunk, block, tokens[block - first]);
   }
-  prepare_tokens(call, chunk, first, last, tokens);
-  for (int64_t n = 0; n < padded; n += STATE_GROUP) {
-    memset(&states, 0, sizeof states);
+  for (int64_t n = 0; n < padded; n += FEW_STATES) {
+    for (int64_t t = 0; t < count; t++) {
+      for (TokenState &state : states.of[t]) store(state.grad_B, Vec{}), store(state.grad_C, Vec{});
+    }
     for (int64_t block = first; block < last; block++) {
       const int64_t at = (block * padded + n) * LANES;
       recompute_states(tokens[block - first], states, carry.A + at,
@@ -194,9 +210,9 @@ inline void scan_backward(const jamba_scan_backward_call &call, const ScanChunk 
     sum_lanes(grad_B + n, states.of[0][0].grad_B, padded, count);
     sum_lanes(grad_C + n, states.of[0][0].grad_C, padded, count);
   }
-  finish_tokens(call, chunk, carry, first, last, tokens);
-  if (chunk.begins_sequence && call.grad_state_BCN != nullptr) {
-    for (int64_t block = first; block < last; block++) {
+  for (int64_t block = first; block < last; block++) {
+    finish_backward(call, chunk, carry, block, tokens[block - first]);
+    if (chunk.begins_sequence && call.grad_state_BCN != nullptr) {
       lanes_to_states(call.grad_state_BCN + state_at(block),
                       carry.grad_state + block * padded * LANES, lanes_used(forward, block), N);
     }

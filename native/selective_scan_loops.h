@@ -16,10 +16,6 @@ namespace jamba::JAMBA_PATH {
 // are channels costs more than it saves; lanes are states then.
 constexpr int64_t FEW_TOKENS = 8;
 
-// Blocks whose rows are read together: 1 KiB of float32, from where on a row at a time
-// is as fast as all of memory in order (half of it takes three times as long).
-constexpr int64_t STRIP_BLOCKS = 256 / LANES;
-
 JAMBA_INLINE int64_t lanes_used(const jamba_scan_call &call, int64_t block) {
   const int64_t left = call.C - block * LANES;
   return left < LANES ? left : LANES;
@@ -67,103 +63,120 @@ inline Rows widen_rows(const void *array, bool bfloat16, int64_t stride, int64_t
   return {scratch, padded};
 }
 
-// What one block keeps while a strip of blocks goes through FORWARD_TOKENS tokens.
+// What one block keeps of every token of a chunk.
 struct ForwardTokens {
   float steps[FORWARD_TOKENS * LANES];   // dt log2(e), so that exp(dt A) is 2^(step A)
   float inputs[FORWARD_TOKENS * LANES];  // dt u
   float y[FORWARD_TOKENS * LANES];
 };
 
+// Reads for one block are a row apart, which no hardware prefetcher follows: each asks for
+// what the next block will read, and for what this block will write when it is done.
+template <bool BFLOAT16>
+JAMBA_INLINE void prefetch_at(const void *array, int64_t index) {
+  __builtin_prefetch((const char *)array + index * (BFLOAT16 ? 2 : 4));
+}
+
+template <bool BFLOAT16>
+JAMBA_INLINE void prefetch_after(const void *array, int64_t index) {
+  prefetch_at<BFLOAT16>(array, index + LANES);
+}
+
+template <bool U_BFLOAT16, bool DT_BFLOAT16>
+inline void prepare_tokens(const jamba_scan_call &call, int64_t block, int64_t row, int64_t count,
+                           Vec bias, Vec skip, ForwardTokens &tokens) {
+  const int64_t c0 = block * LANES, left = call.C - c0;
+  for (int64_t t = 0; t < count; t++) {
+    const int64_t u_at = (row + t) * call.u_stride + c0, dt_at = (row + t) * call.dt_stride + c0;
+    prefetch_after<U_BFLOAT16>(call.u_MC, u_at);
+    prefetch_after<DT_BFLOAT16>(call.dt_MC, dt_at);
+    prefetch_at<U_BFLOAT16>(call.y_MC, (row + t) * call.C + c0);
+    const Vec u = load_as<U_BFLOAT16>(call.u_MC, u_at, left);
+    const Vec dt = softplus(load_as<DT_BFLOAT16>(call.dt_MC, dt_at, left) + bias);
+    store(tokens.steps + t * LANES, dt * LOG2_E);
+    store(tokens.inputs + t * LANES, dt * u);
+    store(tokens.y + t * LANES, skip * u);
+  }
+}
+
+inline void prepare_tokens_of_any(const jamba_scan_call &call, int64_t block, int64_t row,
+                                  int64_t count, ForwardTokens &tokens) {
+  const int64_t c0 = block * LANES, left = call.C - c0;
+  const Vec bias = load_any(call.dt_bias_C, call.bfloat16 & JAMBA_DT_BIAS, c0, left);
+  const Vec skip = load_any(call.skip_C, call.bfloat16 & JAMBA_SKIP, c0, left);
+  const bool u = call.bfloat16 & JAMBA_U, dt = call.bfloat16 & JAMBA_DT;
+  const auto prepare = u ? (dt ? prepare_tokens<true, true> : prepare_tokens<true, false>)
+                         : (dt ? prepare_tokens<false, true> : prepare_tokens<false, false>);
+  prepare(call, block, row, count, bias, skip, tokens);
+}
+
 // STATE_GROUP states over `count` tokens; what they add to y is added there.
-JAMBA_INLINE void scan_states(ForwardTokens &tokens, Rows B, Rows C, const float *A, float *state,
-                              int64_t count, float *checkpoint, int64_t checkpoint_stride) {
+inline void scan_states(ForwardTokens &tokens, Rows B, Rows C, const float *A, float *state,
+                        int64_t count) {
   constexpr int G = STATE_GROUP;
   Vec h[G], a[G];
   for (int n = 0; n < G; n++) h[n] = load(state + n * LANES), a[n] = load(A + n * LANES);
-  for (int64_t begin = 0; begin < count; begin += CHECKPOINT_TOKENS) {
-    if (checkpoint != nullptr) {
-      for (int n = 0; n < G; n++) store(checkpoint + n * LANES, h[n]);
-      checkpoint += checkpoint_stride;
-    }
-    const int64_t end = begin + CHECKPOINT_TOKENS < count ? begin + CHECKPOINT_TOKENS : count;
-    for (int64_t t = begin; t < end; t++) {
-      const Vec step = load(tokens.steps + t * LANES), input = load(tokens.inputs + t * LANES);
-      const float *B_N = B.data + t * B.stride, *C_N = C.data + t * C.stride;
-      Vec even = load(tokens.y + t * LANES), odd = {};
+  for (int64_t t = 0; t < count; t++) {
+    const Vec step = load(tokens.steps + t * LANES), input = load(tokens.inputs + t * LANES);
+    const float *B_N = B.data + t * B.stride, *C_N = C.data + t * C.stride;
+    Vec even = load(tokens.y + t * LANES), odd = {};
 #pragma GCC unroll 8
-      for (int n = 0; n < G; n++) {
-        h[n] = fma(input, set(B_N[n]), exp2_product(step, a[n]) * h[n]);
-        Vec &sum = n % 2 == 0 ? even : odd;
-        sum = fma(set(C_N[n]), h[n], sum);
-      }
-      store(tokens.y + t * LANES, even + odd);
+    for (int n = 0; n < G; n++) {
+      h[n] = fma(input, set(B_N[n]), exp2_product(step, a[n]) * h[n]);
+      Vec &sum = n % 2 == 0 ? even : odd;
+      sum = fma(set(C_N[n]), h[n], sum);
     }
+    store(tokens.y + t * LANES, even + odd);
   }
   for (int n = 0; n < G; n++) store(state + n * LANES, h[n]);
 }
 
-// Blocks [first, last), at most STRIP_BLOCKS, over a whole sequence. Rows are read and
-// written for the strip at once: a row of one block is a single cache line in a page of
-// its own, and looking up its address would take longer than the arithmetic.
-inline void scan_strip(const jamba_scan_call &call, int64_t sequence, int64_t checkpoint,
-                       int64_t first, int64_t last, float *scratch) {
+// Blocks [first, last) over a whole sequence. Tokens are the outer loop: a row of one block
+// is a single cache line in a page of its own, and only while few rows are in use do their
+// pages stay known to the processor.
+inline void scan_many_tokens(const jamba_scan_call &call, int64_t sequence, int64_t checkpoint,
+                             int64_t first, int64_t last, float *scratch) {
   const int64_t N = call.N, padded = padded_states(N), per_block = padded * LANES;
-  const int64_t blocks = last - first;
-  ForwardTokens *tokens = (ForwardTokens *)scratch;
-  float *A = (float *)(tokens + STRIP_BLOCKS), *state = A + STRIP_BLOCKS * per_block;
-  float *B_scratch = state + STRIP_BLOCKS * per_block;
+  ForwardTokens &tokens = *(ForwardTokens *)scratch;
+  float *B_scratch = scratch + sizeof(ForwardTokens) / sizeof(float);
   float *C_scratch = B_scratch + FORWARD_TOKENS * padded;
-  const bool u_bf16 = call.bfloat16 & JAMBA_U, dt_bf16 = call.bfloat16 & JAMBA_DT;
+  float *A = C_scratch + FORWARD_TOKENS * padded, *state = A + (last - first) * per_block;
 
   const auto state_at = [&](int64_t block) { return (sequence * call.C + block * LANES) * N; };
-  for (int64_t i = 0; i < blocks; i++) {
-    const int64_t block = first + i, channels = lanes_used(call, block);
-    states_to_lanes(A + i * per_block, call.A_CN + block * LANES * N, channels, N);
-    states_to_lanes(state + i * per_block,
-                    call.state_BCN ? call.state_BCN + state_at(block) : nullptr, channels, N);
+  for (int64_t block = first; block < last; block++) {
+    const int64_t at = (block - first) * per_block, channels = lanes_used(call, block);
+    states_to_lanes(A + at, call.A_CN + block * LANES * N, channels, N);
+    states_to_lanes(state + at, call.state_BCN ? call.state_BCN + state_at(block) : nullptr,
+                    channels, N);
   }
   const int64_t end = call.offsets[sequence + 1];
   for (int64_t row = call.offsets[sequence]; row < end; row += FORWARD_TOKENS) {
     const int64_t count = end - row < FORWARD_TOKENS ? end - row : FORWARD_TOKENS;
-    for (int64_t t = 0; t < count; t++) {
-      for (int64_t i = 0; i < blocks; i++) {
-        const int64_t c0 = (first + i) * LANES, channels = lanes_used(call, first + i);
-        const Vec bias = load_any(call.dt_bias_C, call.bfloat16 & JAMBA_DT_BIAS, c0, channels);
-        const Vec skip = load_any(call.skip_C, call.bfloat16 & JAMBA_SKIP, c0, channels);
-        const Vec u = load_any(call.u_MC, u_bf16, (row + t) * call.u_stride + c0, channels);
-        const Vec dt = softplus(
-            load_any(call.dt_MC, dt_bf16, (row + t) * call.dt_stride + c0, channels) + bias);
-        store(tokens[i].steps + t * LANES, dt * LOG2_E);
-        store(tokens[i].inputs + t * LANES, dt * u);
-        store(tokens[i].y + t * LANES, skip * u);
-      }
-    }
     const Rows B =
         widen_rows(call.B_MN, call.bfloat16 & JAMBA_B, call.B_stride, row, count, N, B_scratch);
     const Rows C =
         widen_rows(call.C_MN, call.bfloat16 & JAMBA_C, call.C_stride, row, count, N, C_scratch);
-    for (int64_t i = 0; i < blocks; i++) {
+    for (int64_t block = first; block < last; block++) {
+      const int64_t at = (block - first) * per_block;
+      prepare_tokens_of_any(call, block, row, count, tokens);
+      if (call.checkpoints != nullptr) {
+        memcpy(checkpoint_at(call, checkpoint, block, LANES), state + at,
+               (size_t)per_block * sizeof(float));
+      }
       for (int64_t n = 0; n < padded; n += STATE_GROUP) {
-        float *saved = nullptr;
-        if (call.checkpoints) {
-          saved = checkpoint_at(call, checkpoint, first + i, LANES) + n * LANES;
-        }
-        scan_states(tokens[i], {B.data + n, B.stride}, {C.data + n, C.stride},
-                    A + i * per_block + n * LANES, state + i * per_block + n * LANES, count, saved,
-                    checkpoint_size(call));
+        scan_states(tokens, {B.data + n, B.stride}, {C.data + n, C.stride}, A + at + n * LANES,
+                    state + at + n * LANES, count);
+      }
+      for (int64_t t = 0; t < count; t++) {
+        store_any(call.y_MC, call.bfloat16 & JAMBA_U, (row + t) * call.C + block * LANES,
+                  call.C - block * LANES, load(tokens.y + t * LANES));
       }
     }
-    checkpoint += FORWARD_TOKENS / CHECKPOINT_TOKENS;
-    for (int64_t t = 0; t < count; t++) {
-      for (int64_t i = 0; i < blocks; i++) {
-        store_any(call.y_MC, u_bf16, (row + t) * call.C + (first + i) * LANES,
-                  lanes_used(call, first + i), load(tokens[i].y + t * LANES));
-      }
-    }
+    checkpoint++;
   }
-  for (int64_t i = 0; i < blocks; i++) {
-    lanes_to_states(call.last_state_BCN + state_at(first + i), state + i * per_block,
-                    lanes_used(call, first + i), N);
+  for (int64_t block = first; block < last; block++) {
+    lanes_to_states(call.last_state_BCN + state_at(block), state + (block - first) * per_block,
+                    lanes_used(call, block), N);
   }
 }
 
@@ -201,10 +214,11 @@ inline void scan_few_tokens(const jamba_scan_call &call, int64_t sequence, int64
   }
 }
 
-inline int64_t scan_scratch(const jamba_scan_call &call) {
+// Room for `blocks` blocks at a time.
+inline int64_t scan_scratch(const jamba_scan_call &call, int64_t blocks) {
   const int64_t padded = padded_states(call.N);
-  return STRIP_BLOCKS * ((int64_t)(sizeof(ForwardTokens) / sizeof(float)) + 2 * padded * LANES) +
-         2 * FORWARD_TOKENS * padded;
+  return (int64_t)(sizeof(ForwardTokens) / sizeof(float)) + 2 * FORWARD_TOKENS * padded +
+         2 * blocks * padded * LANES;
 }
 
 inline void scan(const jamba_scan_call &call, int64_t sequence, int64_t checkpoint, int64_t first,
@@ -214,11 +228,8 @@ inline void scan(const jamba_scan_call &call, int64_t sequence, int64_t checkpoi
     for (int64_t block = first; block < last; block++) {
       scan_few_tokens(call, sequence, block, scratch);
     }
-    return;
-  }
-  for (int64_t block = first; block < last; block += STRIP_BLOCKS) {
-    const int64_t strip_end = block + STRIP_BLOCKS < last ? block + STRIP_BLOCKS : last;
-    scan_strip(call, sequence, checkpoint, block, strip_end, scratch);
+  } else {
+    scan_many_tokens(call, sequence, checkpoint, first, last, scratch);
   }
 }
 

@@ -61,6 +61,21 @@ JAMBA_INLINE Vec fma(Vec a, Vec b, Vec c) {
 #endif
 }
 
+JAMBA_INLINE Vec select(IntVec mask, Vec yes, Vec no) { return mask ? yes : no; }
+
+// The larger one; a NaN in `b` stays.
+JAMBA_INLINE Vec maximum(Vec a, Vec b) {
+#if defined(__AVX512F__)
+  return _mm512_maskz_max_ps(0xffff, a, b);
+#elif defined(__AVX2__)
+  return _mm256_max_ps(a, b);
+#else
+  return a > b ? a : b;
+#endif
+}
+
+JAMBA_INLINE Vec minus_magnitude(Vec x) { return (Vec)((WordVec)x | 0x80000000u); }
+
 // A power of two is taken apart as 2^(k + r): `shifted` = k + EXP2_SHIFT, where adding the
 // shift has rounded k and left it in the low bits, and r is what remains.
 //
@@ -114,7 +129,7 @@ JAMBA_INLINE Vec exp2_product(Vec a, Vec b) {
   return exp2_of_parts(shifted, k, _mm512_fmsub_ps(a, b, k));
 #else
   Vec x = a * b;
-  x = x < set(-126.0f) ? set(-126.0f) : x;
+  x = maximum(set(-126.0f), x);
   const Vec shifted = x + shift, k = shifted - shift;
   return exp2_of_parts(shifted, k, x - k);
 #endif
@@ -130,8 +145,6 @@ JAMBA_INLINE Vec reciprocal(Vec x) {
   return 1.0f / x;
 #endif
 }
-
-JAMBA_INLINE Vec select(IntVec mask, Vec yes, Vec no) { return mask ? yes : no; }
 
 JAMBA_INLINE Vec load_bfloat16(const uint16_t *p) {
   HalfVec half;
@@ -149,33 +162,45 @@ JAMBA_INLINE void store_bfloat16(uint16_t *p, Vec v) {
 }
 
 // Element `index` onwards of an array of either type; `count` < LANES leaves the rest zero.
-JAMBA_INLINE Vec load_any(const void *array, bool bfloat16, int64_t index, int64_t count) {
-  if (bfloat16) {
+template <bool BFLOAT16>
+JAMBA_INLINE Vec load_as(const void *array, int64_t index, int64_t count) {
+  if constexpr (BFLOAT16) {
     const uint16_t *p = (const uint16_t *)array + index;
     if (count >= LANES) return load_bfloat16(p);
     uint16_t part[LANES] = {};
     memcpy(part, p, (size_t)count * sizeof *p);
     return load_bfloat16(part);
+  } else {
+    const float *p = (const float *)array + index;
+    if (count >= LANES) return load(p);
+    float part[LANES] = {};
+    memcpy(part, p, (size_t)count * sizeof *p);
+    return load(part);
   }
-  const float *p = (const float *)array + index;
-  if (count >= LANES) return load(p);
-  float part[LANES] = {};
-  memcpy(part, p, (size_t)count * sizeof *p);
-  return load(part);
 }
 
-JAMBA_INLINE void store_any(void *array, bool bfloat16, int64_t index, int64_t count, Vec v) {
-  if (bfloat16) {
+template <bool BFLOAT16>
+JAMBA_INLINE void store_as(void *array, int64_t index, int64_t count, Vec v) {
+  if constexpr (BFLOAT16) {
     uint16_t *p = (uint16_t *)array + index;
     if (count >= LANES) return store_bfloat16(p, v);
     uint16_t part[LANES];
     store_bfloat16(part, v);
     memcpy(p, part, (size_t)count * sizeof *p);
-    return;
+  } else {
+    float *p = (float *)array + index;
+    if (count >= LANES) return store(p, v);
+    memcpy(p, &v, (size_t)count * sizeof *p);
   }
-  float *p = (float *)array + index;
-  if (count >= LANES) return store(p, v);
-  memcpy(p, &v, (size_t)count * sizeof *p);
+}
+
+JAMBA_INLINE Vec load_any(const void *array, bool bfloat16, int64_t index, int64_t count) {
+  return bfloat16 ? load_as<true>(array, index, count) : load_as<false>(array, index, count);
+}
+
+JAMBA_INLINE void store_any(void *array, bool bfloat16, int64_t index, int64_t count, Vec v) {
+  if (bfloat16) return store_as<true>(array, index, count, v);
+  store_as<false>(array, index, count, v);
 }
 
 // One level of the tree below: lane l of the result adds lanes l and l ^ DISTANCE of

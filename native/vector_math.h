@@ -13,7 +13,7 @@ constexpr float LOG2_E = 1.44269504088896341f;
 // first part has nine bits, so k * LN2_HIGH is exact) keeps the digits of large arguments.
 JAMBA_INLINE Vec exp_nonpositive(Vec x) {
   constexpr float LN2_HIGH = 0.693359375f, LN2_LOW = -2.12194440e-4f;
-  x = select(x < set(-87.3f), set(-87.3f), x);
+  x = maximum(set(-87.3f), x);
   const Vec shift = set(EXP2_SHIFT);
   const Vec shifted = fma(x, set(LOG2_E), shift), k = shifted - shift;
   const Vec r = fma(k, set(-LN2_LOW), fma(k, set(-LN2_HIGH), x));
@@ -37,7 +37,7 @@ struct SoftplusAndSlope {
   Vec value, slope;
 };
 
-JAMBA_INLINE Vec magnitude_exp(Vec z) { return exp_nonpositive(select(z > 0, -z, z)); }
+JAMBA_INLINE Vec magnitude_exp(Vec z) { return exp_nonpositive(minus_magnitude(z)); }
 
 JAMBA_INLINE Vec sigmoid_given(Vec z, Vec exp_of_minus_magnitude) {
   const Vec e = exp_of_minus_magnitude;
@@ -46,13 +46,11 @@ JAMBA_INLINE Vec sigmoid_given(Vec z, Vec exp_of_minus_magnitude) {
 
 // log(1 + exp(z)), split so that it neither overflows for large z nor loses the
 // digits of its tail exp(z) for very negative z.
-JAMBA_INLINE Vec softplus(Vec z) {
-  return select(z > 0, z, set(0.0f)) + log1p_unit(magnitude_exp(z));
-}
+JAMBA_INLINE Vec softplus(Vec z) { return maximum(set(0.0f), z) + log1p_unit(magnitude_exp(z)); }
 
 JAMBA_INLINE SoftplusAndSlope softplus_and_slope(Vec z) {
   const Vec e = magnitude_exp(z);
-  return {select(z > 0, z, set(0.0f)) + log1p_unit(e), sigmoid_given(z, e)};
+  return {maximum(set(0.0f), z) + log1p_unit(e), sigmoid_given(z, e)};
 }
 
 JAMBA_INLINE Vec sigmoid(Vec z) { return sigmoid_given(z, magnitude_exp(z)); }
