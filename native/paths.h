@@ -38,6 +38,11 @@ struct ScanChunk {
   bool begins_sequence, ends_sequence;
 };
 
+// A row, and a block of channels.
+struct ScanPlace {
+  int64_t row, block;
+};
+
 // What backward carries from chunk to chunk, for all channel blocks: the gradient of
 // the state, and the sums over tokens. Per block, N is padded and lanes are channels.
 struct ScanCarry {
@@ -61,10 +66,11 @@ struct Path {
 
   void (*scan_backward_begin)(const jamba_scan_call &call, const ScanCarry &carry, int64_t block);
   // Blocks [first, last) over one chunk. Their part of the gradients of B and C goes to
-  // `grad_B` and `grad_C`, one row of padded_states(N) for each row of the chunk.
+  // `grad_B` and `grad_C`, one row of padded_states(N) for each row of the chunk. `next` is where
+  // the caller will go on: a hint, for fetching early.
   void (*scan_backward)(const jamba_scan_backward_call &call, const ScanChunk &chunk,
-                        const ScanCarry &carry, int64_t first, int64_t last, float *grad_B,
-                        float *grad_C, float *scratch);
+                        const ScanCarry &carry, int64_t first, int64_t last, ScanPlace next,
+                        float *grad_B, float *grad_C, float *scratch);
   void (*scan_backward_end)(const jamba_scan_backward_call &call, const ScanCarry &carry,
                             int64_t block);
   // Writes `count` floats as a row of the gradient of B or C.

@@ -54,11 +54,6 @@ inline void prepare_backward(const jamba_scan_backward_call &call, const ScanChu
   for (int64_t t = 0; t < chunk.num_rows; t++) {
     const int64_t row = chunk.first_row + t, u_at = row * forward.u_stride + c0;
     const int64_t dt_at = row * forward.dt_stride + c0, y_at = row * call.grad_y_stride + c0;
-    prefetch_after<U_BFLOAT16>(forward.u_MC, u_at);
-    prefetch_after<DT_BFLOAT16>(forward.dt_MC, dt_at);
-    prefetch_after<U_BFLOAT16>(call.grad_y_MC, y_at);
-    prefetch_at<U_BFLOAT16>(call.grad_u_MC, row * forward.C + c0);
-    prefetch_at<DT_BFLOAT16>(call.grad_dt_MC, row * forward.C + c0);
     const SoftplusAndSlope dt =
         softplus_and_slope(load_as<DT_BFLOAT16>(forward.dt_MC, dt_at, left) + bias);
     store(tokens.dt + t * LANES, dt.value);
@@ -82,9 +77,50 @@ inline void prepare_backward_of_any(const jamba_scan_backward_call &call, const 
   prepare(call, chunk, block, bias, tokens);
 }
 
+// Rows of one block in one array that the work will soon reach. They are far apart, which no
+// hardware prefetcher follows, and asking for all of them at once would wait for the few
+// requests that a core can have under way: the loop over tokens asks for one at a time.
+struct Ahead {
+  const char *row;
+  int64_t stride;
+
+  // Into the second-level cache: the first is full of the chunk at hand.
+  JAMBA_INLINE void fetch(int64_t t) const { __builtin_prefetch(row + t * stride, 0, 2); }
+};
+
+// A block is passed over once for each FEW_STATES states; each pass asks for another of the
+// five large arrays, the first for two. With fewer passes some are not asked for.
+struct PassAhead {
+  Ahead one, other;
+};
+
+inline PassAhead rows_ahead(const jamba_scan_backward_call &call, const ScanChunk &chunk,
+                            int64_t block, ScanPlace next, int64_t pass) {
+  const jamba_scan_call &forward = call.forward;
+  const int64_t u_size = forward.bfloat16 & JAMBA_U ? 2 : 4;
+  const int64_t dt_size = forward.bfloat16 & JAMBA_DT ? 2 : 4;
+  const auto rows = [&](const void *array, int64_t size, int64_t stride, ScanPlace place) {
+    const int64_t at = place.row * stride + place.block * LANES;
+    return Ahead{(const char *)array + at * size, stride * size};
+  };
+  const ScanPlace here = {chunk.first_row, block};
+  Ahead one;
+  switch (pass) {
+    case 0:
+      return {rows(forward.u_MC, u_size, forward.u_stride, next),
+              rows(call.grad_y_MC, u_size, call.grad_y_stride, next)};
+    case 1: one = rows(forward.dt_MC, dt_size, forward.dt_stride, next); break;
+    case 2: one = rows(call.grad_u_MC, u_size, forward.C, here); break;
+    default: one = rows(call.grad_dt_MC, dt_size, forward.C, here); break;
+  }
+  return {one, one};
+}
+
 // Recomputes h over the chunk, keeping what the way back needs; dC is done on the way.
-JAMBA_INLINE void recompute_states(const BlockTokens &tokens, ChunkStates &states, const float *A,
-                                   const float *checkpoint, Rows B, int64_t count) {
+template <bool FIRST>
+inline void recompute_states(const BlockTokens &tokens, ChunkStates &states, const float *A,
+                                   const float *checkpoint, Rows B, int64_t count,
+                                   const PassAhead &ahead) {
   constexpr int G = FEW_STATES;
   Vec h[G], a[G];
   for (int n = 0; n < G; n++) h[n] = load(checkpoint + n * LANES), a[n] = load(A + n * LANES);
@@ -92,6 +128,8 @@ JAMBA_INLINE void recompute_states(const BlockTokens &tokens, ChunkStates &state
     const Vec dt = load(tokens.dt + t * LANES), step = dt * LOG2_E;
     const Vec input = dt * load(tokens.u + t * LANES), grad_y = load(tokens.grad_y + t * LANES);
     const float *B_N = B.data + t * B.stride;
+    ahead.one.fetch(t);
+    ahead.other.fetch(t);
 #pragma GCC unroll 4
     for (int n = 0; n < G; n++) {
       TokenState &state = states.of[t][n];
@@ -99,12 +137,13 @@ JAMBA_INLINE void recompute_states(const BlockTokens &tokens, ChunkStates &state
       h[n] = fma(input, set(B_N[n]), decayed);
       store(state.decay, decay);
       store(state.decayed, decayed);
-      store(state.grad_C, fma(grad_y, h[n], load(state.grad_C)));
+      store(state.grad_C, FIRST ? grad_y * h[n] : fma(grad_y, h[n], load(state.grad_C)));
     }
   }
 }
 
-JAMBA_INLINE void reverse_states(BlockTokens &tokens, ChunkStates &states, const float *A,
+template <bool FIRST>
+inline void reverse_states(BlockTokens &tokens, ChunkStates &states, const float *A,
                                  float *grad_state, float *grad_A, Rows B, Rows C, int64_t count) {
   constexpr int G = FEW_STATES;
   Vec g[G], sum_A[G];
@@ -121,7 +160,7 @@ JAMBA_INLINE void reverse_states(BlockTokens &tokens, ChunkStates &states, const
     for (int n = 0; n < G; n++) {
       TokenState &state = states.of[t][n];
       const Vec grad_h = fma(set(C_N[n]), grad_y, g[n]);
-      store(state.grad_B, fma(grad_h, input, load(state.grad_B)));
+      store(state.grad_B, FIRST ? grad_h * input : fma(grad_h, input, load(state.grad_B)));
       grad_input = fma(grad_h, set(B_N[n]), grad_input);
       const Vec grad_exponent = grad_h * load(state.decayed);
       grad_step = fma(grad_exponent, load(A + n * LANES), grad_step);
@@ -173,8 +212,8 @@ inline void sum_lanes(float *rows, const float *sums, int64_t padded, int64_t co
 }
 
 inline void scan_backward(const jamba_scan_backward_call &call, const ScanChunk &chunk,
-                          const ScanCarry &carry, int64_t first, int64_t last, float *grad_B,
-                          float *grad_C, float *scratch) {
+                          const ScanCarry &carry, int64_t first, int64_t last, ScanPlace next,
+                          float *grad_B, float *grad_C, float *scratch) {
   const jamba_scan_call &forward = call.forward;
   const int64_t N = forward.N, padded = padded_states(N), count = chunk.num_rows;
   ChunkStates &states = *(ChunkStates *)scratch;
@@ -196,16 +235,17 @@ inline void scan_backward(const jamba_scan_backward_call &call, const ScanChunk 
     prepare_backward_of_any(call, chunk, block, tokens[block - first]);
   }
   for (int64_t n = 0; n < padded; n += FEW_STATES) {
-    for (int64_t t = 0; t < count; t++) {
-      for (TokenState &state : states.of[t]) store(state.grad_B, Vec{}), store(state.grad_C, Vec{});
-    }
     for (int64_t block = first; block < last; block++) {
       const int64_t at = (block * padded + n) * LANES;
-      recompute_states(tokens[block - first], states, carry.A + at,
-                       checkpoint_at(forward, chunk.checkpoint, block, LANES) + n * LANES,
-                       {B.data + n, B.stride}, count);
-      reverse_states(tokens[block - first], states, carry.A + at, carry.grad_state + at,
-                     carry.grad_A + at, {B.data + n, B.stride}, {C.data + n, C.stride}, count);
+      const ScanPlace place = {next.row, next.block + block - first};
+      const PassAhead ahead = rows_ahead(call, chunk, block, place, n / FEW_STATES);
+      const auto recompute = block == first ? recompute_states<true> : recompute_states<false>;
+      recompute(tokens[block - first], states, carry.A + at,
+                checkpoint_at(forward, chunk.checkpoint, block, LANES) + n * LANES,
+                {B.data + n, B.stride}, count, ahead);
+      const auto reverse = block == first ? reverse_states<true> : reverse_states<false>;
+      reverse(tokens[block - first], states, carry.A + at, carry.grad_state + at,
+              carry.grad_A + at, {B.data + n, B.stride}, {C.data + n, C.stride}, count);
     }
     sum_lanes(grad_B + n, states.of[0][0].grad_B, padded, count);
     sum_lanes(grad_C + n, states.of[0][0].grad_C, padded, count);
