@@ -11,27 +11,25 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from benchmarks.harness import (
-    Calibration,
-    Timing,
-    fma_nanoseconds,
-    hardware,
-    require_green,
-    timing_record,
-    write_result,
-)
+from benchmarks.quiet import Verdict
+from benchmarks.record import hardware, require_green, write_json
+from benchmarks.timing import Action, Patience, Stopwatch, timed
 from jamba_lm.kernels import native_scan, reference
 from jamba_lm.kernels.library import loaded_library
 
 STATES = 16
-REPEATS = 25
-LOOP_REPEATS = 3
+BOTH = "forward+backward"
+LOOP, PARALLEL = "loop over time in Python", "mambapy, parallel scan"
+PATIENCE = Patience(wanted=15, most=200, seconds=60.0)
+# The loops take seconds each.
+SLOW_PATIENCE = Patience(wanted=3, most=8, seconds=120.0)
 
 
 def inputs_of(tokens: int, channels: int, *, gradients: bool) -> list[Tensor]:
@@ -59,8 +57,8 @@ def run_native(inputs: list[Tensor], offsets: Tensor, path: str) -> Tensor:
     return native_scan.selective_scan(u, dt, bias, A, B, C, skip, offsets, None, path=path)[0]
 
 
-def native_times(tokens: int, channels: int, path: str) -> dict[str, Timing]:
-    """Time the native scan of one instruction set, forward and with its gradients."""
+def native_actions(tokens: int, channels: int, path: str) -> dict[str, Action]:
+    """Return the native scan of one instruction set, forward and with its gradients."""
     offsets = torch.tensor([0, tokens])
     plain = inputs_of(tokens, channels, gradients=False)
     learning = inputs_of(tokens, channels, gradients=True)
@@ -72,22 +70,22 @@ def native_times(tokens: int, channels: int, path: str) -> dict[str, Timing]:
     def forward() -> None:
         run_native(plain, offsets, path)
 
-    return {"forward": Timing.of(forward, REPEATS), "forward+backward": Timing.of(both, REPEATS)}
+    return {f"{path} forward": timed(forward), f"{path} {BOTH}": timed(both)}
 
 
-def loop_times(tokens: int, channels: int) -> dict[str, Timing]:
-    """Time the definition: a loop over time in Python."""
+def loop_actions(tokens: int, channels: int) -> dict[str, Action]:
+    """Return the definition: a loop over time in Python."""
     u, dt, bias, A, B, C, skip = inputs_of(tokens, channels, gradients=False)
     offsets = torch.tensor([0, tokens])
 
     def forward() -> None:
         reference.selective_scan(u, dt, bias, A, B, C, skip, offsets)
 
-    return {"forward": Timing.of(forward, LOOP_REPEATS, warm_up=1)}
+    return {f"{LOOP} forward": timed(forward)}
 
 
-def parallel_scan_times(tokens: int, channels: int) -> dict[str, Timing]:
-    """Time mambapy's parallel scan, on inputs made as it wants them."""
+def parallel_scan_actions(tokens: int, channels: int) -> dict[str, Action]:
+    """Return mambapy's parallel scan, on inputs made as it wants them."""
     from mambapy.pscan import pscan  # type: ignore[import-not-found, import-untyped, unused-ignore]
 
     u, dt, bias, A, B, C, _ = inputs_of(tokens, channels, gradients=True)
@@ -105,36 +103,41 @@ def parallel_scan_times(tokens: int, channels: int) -> dict[str, Timing]:
     def both() -> None:
         torch.autograd.grad(run().sum(), [u, dt, bias, A, B, C])
 
-    return {
-        "forward": Timing.of(forward, LOOP_REPEATS, warm_up=1),
-        "forward+backward": Timing.of(both, LOOP_REPEATS, warm_up=1),
-    }
+    return {f"{PARALLEL} forward": timed(forward), f"{PARALLEL} {BOTH}": timed(both)}
 
 
-def measure(tokens: int, channels: int) -> dict[str, Any]:
-    """Run everything between two calibrations."""
-    before = fma_nanoseconds()
-    times = {path: native_times(tokens, channels, path) for path in loaded_library().paths_here}
-    after = fma_nanoseconds()
-    times["loop over time in Python"] = loop_times(tokens, channels)
+def measure(tokens: int, channels: int, threads: int) -> dict[str, Any]:
+    """Time everything, what is compared side by side, and throw away what was disturbed."""
+    watch = Stopwatch(threads)
+    paths = loaded_library().paths_here
+    native: dict[str, Action] = {}
+    for path in paths:
+        native |= native_actions(tokens, channels, path)
+    verdicts = watch.alternate(native, PATIENCE, warm_up=3)
+    slow = loop_actions(tokens, channels)
     if importlib.util.find_spec("mambapy") is not None:
-        times["mambapy, parallel scan"] = parallel_scan_times(tokens, channels)
-    calibration = Calibration(before, after)
+        slow |= parallel_scan_actions(tokens, channels)
+    verdicts |= watch.alternate(slow, SLOW_PATIENCE)
     elements = tokens * channels * STATES
     return {
-        "hardware": hardware() | {"threads": torch.get_num_threads()},
+        "hardware": hardware(),
         "elements": elements,
-        "fma_nanoseconds": before,
-        "contaminated": not calibration.steady,
-        "seconds": {
-            name: {what: timing_record(timing) for what, timing in each.items()}
-            for name, each in times.items()
+        "fma_nanoseconds": watch.reference,
+        "problems": {
+            name: verdict.problem for name, verdict in verdicts.items() if verdict.problem
         },
-        "nanoseconds_per_element": {
-            name: {what: 1e9 * timing.median / elements for what, timing in each.items()}
-            for name, each in times.items()
-        },
+        "samples": {name: asdict(verdict) for name, verdict in verdicts.items()},
+        "nanoseconds_per_element": by_scan(verdicts, elements),
     }
+
+
+def by_scan(verdicts: dict[str, Verdict], elements: int) -> dict[str, dict[str, float]]:
+    """Return nanoseconds per element of each scan, forward and with its gradients."""
+    table: dict[str, dict[str, float]] = {}
+    for name, verdict in verdicts.items():
+        scan, _, what = name.rpartition(" ")
+        table.setdefault(scan, {})[what] = 1e9 * verdict.seconds / elements
+    return table
 
 
 def table(result: dict[str, Any]) -> str:
@@ -165,17 +168,18 @@ def main() -> None:
     options = parser.parse_args()
     require_green("tests/kernels/test_scan_contract.py")
     torch.set_num_threads(options.threads)
-    result = measure(options.tokens, options.channels)
+    result = measure(options.tokens, options.channels, options.threads)
     print(table(result))
-    slots = 16 * result["nanoseconds_per_element"]["avx512"]["forward"] / result["fma_nanoseconds"]
+    best = loaded_library().paths_here[0]
+    slots = 16 * result["nanoseconds_per_element"][best]["forward"] / result["fma_nanoseconds"]
     print(
         f"\none multiply-add of the widest vectors takes {result['fma_nanoseconds']:.4f} ns; 16 "
-        f"elements of the AVX-512 forward pass take the time of {slots:.1f} of them"
+        f"elements of the {best} forward pass take the time of {slots:.1f} of them"
     )
     print(f"{result['hardware']}")
-    if result["contaminated"]:
-        print("CONTAMINATED: the machine was not quiet; do not quote these numbers")
-    write_result(options.out, result)
+    for name, problem in result["problems"].items():
+        print(f"CONTAMINATED, do not quote: {name}: {problem}")
+    write_json(options.out, result)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@
 
 #include <stdint.h>
 
-#define JAMBA_ABI_VERSION 2
+#define JAMBA_ABI_VERSION 3
 
 // Tokens between two saved states of the scan; what backward recomputes at once.
 #define JAMBA_CHECKPOINT_TOKENS 16
@@ -160,6 +160,107 @@ typedef struct {
   void *grad_gate_MD;
 } jamba_gate_backward_call;
 
+// How the values of a matrix lie in memory; row after row in each.
+enum {
+  JAMBA_F32 = 0,
+  JAMBA_BF16 = 1,
+  JAMBA_INT8 = 2,  // values[o][i] * scale[o], scale float32
+  // q * scale + minimum, both bfloat16 and shared by `group` inputs. Of 32 inputs, byte j
+  // holds input j in its low and input j + 16 in its high half.
+  JAMBA_INT4 = 3,
+};
+
+// W of y = W x + bias, with O outputs and I inputs.
+typedef struct {
+  int64_t kind, O, I;
+  int64_t group;  // INT4 only: 32 or 64, and a divisor of I
+  const void *values;
+  const void *scale;    // INT8, INT4
+  const void *minimum;  // INT4
+  const float *bias;    // null means none
+} jamba_matrix;
+
+// y = W x for rows of float32 or bfloat16 (JAMBA_U), in the type of x, for few rows.
+typedef struct {
+  int64_t path;
+  int64_t threads;
+  int64_t bfloat16;
+  int64_t M;
+  const void *x_MI;
+  int64_t x_stride;
+  void *y_MO;
+  jamba_matrix matrix;
+} jamba_product_call;
+
+// The matrix as bfloat16 (JAMBA_U) or float32, [O, I].
+typedef struct {
+  int64_t path;
+  int64_t threads;
+  int64_t bfloat16;
+  void *out_OI;
+  jamba_matrix matrix;
+} jamba_unpack_call;
+
+// Most rows of a step. D model width, H query heads, G key/value heads, P head width,
+// F feed-forward width, R rank of dt, V vocabulary, X experts, K experts for a row.
+#define JAMBA_STEP_ROWS 16
+
+// One layer. Vectors are float32. Null where the layer has none of it.
+typedef struct {
+  int64_t attends;  // 0: Mamba, 1: attention
+  int64_t experts;  // 0: one feed-forward without router
+  const float *mixer_norm_D, *feed_forward_norm_D;
+  // Attention: the query, key, value and output projections take the places of the first four.
+  jamba_matrix in_proj, x_proj, dt_proj, out_proj;
+  const float *conv_WC, *conv_bias_C;
+  const float *dt_norm_R, *B_norm_N, *C_norm_N;  // null: not normalised
+  const float *dt_bias_C, *A_CN, *skip_C;
+  jamba_matrix router;
+  const jamba_matrix *feed_forward;  // gate, up, down: of each expert, or of the one
+} jamba_layer;
+
+typedef struct {
+  int64_t num_layers, D, V, C, N, W, R, F, H, G, P, K;
+  int64_t bfloat16;  // type of the convolution's window, of keys and of values
+  double epsilon, attention_scale;
+  const jamba_layer *layers;
+  const float *final_norm_D;
+  jamba_matrix embedding, head;
+} jamba_model;
+
+// Keys and values of `count` consecutive tokens, [count][G][P] each.
+typedef struct {
+  const void *keys, *values;
+  int64_t count;
+} jamba_key_block;
+
+// What one sequence remembers in one layer.
+typedef struct {
+  // Mamba. Read and written; the two may not overlap.
+  const void *conv_LC;
+  const float *scan_CN;
+  void *next_conv_LC;
+  float *next_scan_CN;
+  // Attention: all tokens, those of this step at the end of the last block, where there is room
+  // for them: the step writes them first.
+  int64_t num_blocks;
+  const jamba_key_block *blocks;
+} jamba_memory;
+
+// All layers for up to JAMBA_STEP_ROWS tokens, of one or more sequences.
+typedef struct {
+  int64_t path;
+  int64_t threads;
+  const jamba_model *model;
+  int64_t B, M;
+  const int64_t *offsets;
+  const int64_t *ids_M;
+  const jamba_memory *memories;  // [layer][sequence]
+  int64_t num_logits;
+  const int64_t *logit_rows;
+  float *logits;  // [num_logits][V]
+} jamba_step_call;
+
 JAMBA_EXPORT int32_t jamba_abi_version(void);
 
 // Name of path `index` (from 0, best first), or null past the last one.
@@ -176,6 +277,9 @@ JAMBA_EXPORT int32_t jamba_norm(const jamba_norm_call *call);
 JAMBA_EXPORT int32_t jamba_norm_backward(const jamba_norm_backward_call *call);
 JAMBA_EXPORT int32_t jamba_gate(const jamba_gate_call *call);
 JAMBA_EXPORT int32_t jamba_gate_backward(const jamba_gate_backward_call *call);
+JAMBA_EXPORT int32_t jamba_product(const jamba_product_call *call);
+JAMBA_EXPORT int32_t jamba_unpack(const jamba_unpack_call *call);
+JAMBA_EXPORT int32_t jamba_step(const jamba_step_call *call);
 
 // The vector functions the kernels are made of, one value at a time for all of
 // `x_M`, so that tests can sweep their error.

@@ -6,6 +6,7 @@ namespace jamba {
 // Fastest first.
 static const Path *const PATHS[] = {
 #ifdef JAMBA_X86
+    &path_avx512_vnni,
     &path_avx512,
     &path_avx2,
 #endif

@@ -4,6 +4,7 @@
 #define JAMBA_PATHS_H
 
 #include "jamba_kernels.h"
+#include "step.h"
 
 namespace jamba {
 
@@ -59,6 +60,8 @@ struct Path {
   int64_t (*scan_scratch)(const jamba_scan_call &call, int64_t blocks);
   int64_t (*scan_backward_scratch)(const jamba_scan_call &call, int64_t blocks);
   int64_t (*conv_scratch)(const jamba_conv_call &call);
+  int64_t (*product_scratch)(const jamba_product_call &call);
+  int64_t (*step_scratch)(const jamba_step_call &call);
 
   // Blocks [first, last) over one sequence; `checkpoint` is the sequence's first.
   void (*scan)(const jamba_scan_call &call, int64_t sequence, int64_t checkpoint, int64_t first,
@@ -89,10 +92,17 @@ struct Path {
   void (*gate)(const jamba_gate_call &call, int64_t first, int64_t last);
   void (*gate_backward)(const jamba_gate_backward_call &call, int64_t first, int64_t last);
 
+  // Arranges the inputs; then outputs [first, last), at most PIECE, with the same scratch.
+  void (*product_begin)(const jamba_product_call &call, float *scratch);
+  void (*product)(const jamba_product_call &call, int64_t first, int64_t last, float *scratch);
+  void (*unpack)(const jamba_unpack_call &call, int64_t first, int64_t last, float *scratch);
+  // One thread's part of a step.
+  void (*step)(const jamba_step_call &call, const StepBuffers &shared, Team team, float *scratch);
+
   void (*vector_function)(int64_t function, const float *x, float *y, int64_t count);
 };
 
-extern const Path path_avx512, path_avx2, path_portable;
+extern const Path path_avx512_vnni, path_avx512, path_avx2, path_portable;
 
 // The path a call asks for, the best one for 0, or null when it cannot run here.
 const Path *find_path(int64_t request);

@@ -125,9 +125,9 @@ int32_t backward(const Path &path, const jamba_scan_backward_call &call) {
       float *own = scratch.data() + piece * scratch_size;
       for (int64_t i = slab_end - 1; i >= slab; i--) {
         for (int64_t group = first; group < last; group++) {
-          const ScanPlace next = group + 1 < last
-                                     ? ScanPlace{chunks[i].first_row, (group + 1) * per_group}
-                                     : ScanPlace{chunks[i > 0 ? i - 1 : 0].first_row, first * per_group};
+          const ScanPlace next =
+              group + 1 < last ? ScanPlace{chunks[i].first_row, (group + 1) * per_group}
+                               : ScanPlace{chunks[i > 0 ? i - 1 : 0].first_row, first * per_group};
           float *grad_B = sums_at(group, chunks[i].first_row);
           path.scan_backward(call, chunks[i], carry, group * per_group,
                              std::min((group + 1) * per_group, blocks), next, grad_B,

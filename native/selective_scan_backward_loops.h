@@ -119,8 +119,8 @@ inline PassAhead rows_ahead(const jamba_scan_backward_call &call, const ScanChun
 // Recomputes h over the chunk, keeping what the way back needs; dC is done on the way.
 template <bool FIRST>
 inline void recompute_states(const BlockTokens &tokens, ChunkStates &states, const float *A,
-                                   const float *checkpoint, Rows B, int64_t count,
-                                   const PassAhead &ahead) {
+                             const float *checkpoint, Rows B, int64_t count,
+                             const PassAhead &ahead) {
   constexpr int G = FEW_STATES;
   Vec h[G], a[G];
   for (int n = 0; n < G; n++) h[n] = load(checkpoint + n * LANES), a[n] = load(A + n * LANES);
@@ -144,7 +144,7 @@ inline void recompute_states(const BlockTokens &tokens, ChunkStates &states, con
 
 template <bool FIRST>
 inline void reverse_states(BlockTokens &tokens, ChunkStates &states, const float *A,
-                                 float *grad_state, float *grad_A, Rows B, Rows C, int64_t count) {
+                           float *grad_state, float *grad_A, Rows B, Rows C, int64_t count) {
   constexpr int G = FEW_STATES;
   Vec g[G], sum_A[G];
   for (int n = 0; n < G; n++) {
@@ -244,8 +244,8 @@ inline void scan_backward(const jamba_scan_backward_call &call, const ScanChunk 
                 checkpoint_at(forward, chunk.checkpoint, block, LANES) + n * LANES,
                 {B.data + n, B.stride}, count, ahead);
       const auto reverse = block == first ? reverse_states<true> : reverse_states<false>;
-      reverse(tokens[block - first], states, carry.A + at, carry.grad_state + at,
-              carry.grad_A + at, {B.data + n, B.stride}, {C.data + n, C.stride}, count);
+      reverse(tokens[block - first], states, carry.A + at, carry.grad_state + at, carry.grad_A + at,
+              {B.data + n, B.stride}, {C.data + n, C.stride}, count);
     }
     sum_lanes(grad_B + n, states.of[0][0].grad_B, padded, count);
     sum_lanes(grad_C + n, states.of[0][0].grad_C, padded, count);

@@ -7,20 +7,13 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from jamba_lm.continuation import GeneratedToken, Request, require_ids
 from jamba_lm.errors import InputError
-from jamba_lm.generation import (
-    GeneratedToken,
-    Request,
-    StoppingText,
-    generate,
-    generate_batch,
-    overlap,
-    read_ids,
-    require_ids,
-)
+from jamba_lm.generation import generate, generate_batch, read_ids
 from jamba_lm.language_model import LanguageModel, load
 from jamba_lm.sampling import Sampling
 from jamba_lm.text.tokenizer import load_tokenizer
@@ -270,50 +263,6 @@ def test_a_state_cannot_serve_two_requests(model):
 # Text -----------------------------------------------------------------------------------------
 
 
-class Spoken:
-    """A stream whose tokens are pieces of a text."""
-
-    def __init__(self, pieces: list[str]) -> None:
-        self.pieces = pieces
-
-    def push(self, token: int) -> str:
-        return self.pieces[token]
-
-    def flush(self) -> str:
-        return ""
-
-
-@given(
-    pieces=st.lists(st.text("ab", max_size=4), max_size=12),
-    stops=st.lists(st.text("ab", min_size=1, max_size=4), max_size=3),
-)
-def test_nothing_of_a_stop_string_is_ever_let_out(pieces: list[str], stops: list[str]):
-    whole = "".join(pieces)
-    text = StoppingText(Spoken(pieces), stops)
-    shown = ""
-    for token in range(len(pieces)):
-        shown += text.push(token)
-        read = "".join(pieces[: token + 1])
-        ends = [read.find(stop) for stop in stops if stop in read]
-        if ends:
-            assert text.stopped
-            assert shown == read[: min(ends)]
-            break
-        # All of the text but what a stop string may yet begin with, and no less.
-        held = max((overlap(read, stop) for stop in stops), default=0)
-        assert shown == read[: len(read) - held]
-    shown += text.flush()
-    places = [whole.find(stop) for stop in stops if stop in whole]
-    assert shown == (whole[: min(places)] if places else whole)
-    assert text.push(0) == "" if pieces and text.stopped else True
-
-
-@pytest.mark.parametrize("stop", ["", None, 3])
-def test_a_stop_string_must_hold_something(stop):
-    with pytest.raises(InputError, match="stop string"):
-        StoppingText(Spoken([]), [stop])
-
-
 @pytest.fixture(scope="module")
 def tiny(tiny_checkpoint):
     return load(tiny_checkpoint), load_tokenizer(tiny_checkpoint)
@@ -388,7 +337,6 @@ def test_the_same_text_comes_out_of_a_batch(tiny):
 
 
 def test_greedy_tokens_are_those_of_transformers(tmp_path):
-    transformers = pytest.importorskip("transformers")
     config = transformers.JambaConfig(
         vocab_size=211,
         hidden_size=48,

@@ -41,6 +41,18 @@ def test_next_logits_are_the_last_rows_and_move_the_states():
     assert [state.ids for state in states] == [[1, 2, 3], [4]]
 
 
+def test_last_logits_are_the_rows_asked_for_and_move_the_states():
+    model = shaken_model(SMALL)
+    sequences = [random_ids(SMALL, 5), random_ids(SMALL, 3, seed=1), random_ids(SMALL, 1, seed=2)]
+    states = [model.new_state() for _ in sequences]
+    found = model.last_logits(sequences, [2, 3, 1], states)
+    expected = model.logits(sequences)
+    for rows, all_rows, count in zip(found, expected, [2, 3, 1], strict=True):
+        assert rows.dtype == torch.float32
+        torch.testing.assert_close(rows, all_rows[-count:])
+    assert [state.ids for state in states] == sequences
+
+
 @pytest.mark.parametrize("wrong", [-1, 97, 2**40])
 def test_ids_out_of_range_are_refused(wrong: int):
     model = shaken_model(SMALL)

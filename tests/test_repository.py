@@ -15,7 +15,7 @@ SIZE_LIMIT = 500_000
 # The embedded model is the one large thing in the repository; the issue of its size is in its card.
 LARGE_FILES = {"src/jamba_lm/embedded/model.safetensors": 16 * 1024 * 1024}
 
-BINARY = {".safetensors", ".png", ".xz", ".gz"}
+BINARY = {".safetensors", ".gguf", ".png", ".xz", ".gz"}
 # Links are few and lead to places that last. A package index or a mirror is nobody's business.
 KNOWN_HOSTS = {
     "arxiv.org",

@@ -118,3 +118,66 @@ VECTOR_FUNCTIONS = {
     # A reciprocal by a Newton step, and a product.
     "sigmoid relative": 5e-7,
 }
+
+# Drafting, as pure arithmetic on a made-up clock.
+DRAFTING = {
+    # An estimate moves a tenth of the way at each call: after 60 of them, (1 - 0.1)^60 is left.
+    "estimate": 0.01,
+    # The account pays one hundredth of each call (INTEREST), and the credit it begins with and the
+    # debt it is allowed are a handful of calls.
+    "most lost": 1.03,
+    "most lost at first": 6.0,
+    # What drafting promises: free text at no less than this share of the speed without.
+    "free text": 0.97,
+}
+
+# GGUF files read by both, against llama.cpp: largest difference over the scale of the logits.
+LLAMA_CPP = {
+    # Both in float32: sums in another order.
+    "fp32": 1e-5,
+    # llama.cpp rounds the inputs of every product to 8 bits of a block (4e-3 each), we do not.
+    "quantised activations": 6e-2,
+    # The same formula on the same bits; a few types multiply scales in another order.
+    "decoded values": 1e-6,
+}
+
+# A model that went through a GGUF file and back.
+GGUF_ROUND_TRIP = {
+    # A_log is stored as -exp(A_log), rounded to float32: half a unit in the last place of the
+    # exponential (6e-8) is an absolute error of the logarithm.
+    "decay": 1.5e-7,
+}
+
+# A product with a packed matrix against float64 with the matrix that it stands for: largest
+# difference over the scale.
+PACKED_LINEAR = {
+    # Sums of up to 2,048 float32 products of both signs.
+    "fp32": 3e-6,
+    # Inputs are the same; the result is rounded to 8 bits of mantissa once (4e-3).
+    "bf16": 4e-3,
+    # Native kernels round the inputs of few rows to 15 bits below the largest of their row: 1.5e-5
+    # of it each, with either sign; the largest is a few times the typical one.
+    "native fp32": 1e-4,
+    # Of many rows, native code rounds the matrix to 8 bits of mantissa first.
+    "native bf16": 8e-3,
+}
+
+# A quantised model's bits per byte on held-out text, above those of the model it was made from.
+QUANTIZED_BITS_PER_BYTE = {
+    # The project's promise. Measured: less than 0.01 % either way (docs/quantization.md).
+    "experts-int8": 1e-3,
+    "int8": 1e-3,
+    # Likewise; measured 0.1 to 0.2 %.
+    "int4": 1.5e-2,
+    "int4-32": 1.5e-2,
+}
+
+# A native step against the modules: largest difference over the scale.
+STEP = {
+    # Sums in another order through up to six layers.
+    "fp32": 1e-5,
+    # The modules round every activation to 8 bits of mantissa (4e-3 each); the step does not.
+    "bf16": 3e-2,
+    # Inputs of packed matrices are rounded to 15 bits below the largest of their row.
+    "packed": 1e-3,
+}

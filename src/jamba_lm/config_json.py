@@ -25,6 +25,13 @@ PUBLIC_TYPE = "jamba"
 OWN_TYPE = "jamba_lm"
 """The `model_type` of what only this project computes, so that the others refuse it."""
 
+QUANTIZATION_METHOD = "jamba_lm"
+"""The `quant_method` of weights that this project packed; its details are `quantization/policy`'s.
+
+It is accepted under `OWN_TYPE` only: transformers skips a method that it does not know, and would
+fill the model with random weights.
+"""
+
 ARCHITECTURES: Mapping[str, str] = {PUBLIC_TYPE: "JambaForCausalLM", OWN_TYPE: "JambaLM"}
 
 FIELDS: Mapping[str, str] = {
@@ -148,7 +155,10 @@ _NO_ROPE = (
     "Jamba's attention has no positions; for the rotary variant write "
     f'"model_type": "{OWN_TYPE}" and "position": "rope"'
 )
-_NO_QUANTIZED = "weights that are already quantised cannot be read; take the original checkpoint"
+_NO_QUANTIZED = (
+    "weights that another program has quantised cannot be read; take the original checkpoint, "
+    "and `jamba quantize` it"
+)
 _NOT_JAMBA = "a Jamba model has no such part"
 
 ONLY: Mapping[str, tuple[tuple[Any, ...], str]] = {
@@ -224,6 +234,8 @@ def read_fields(values: Mapping[str, Any]) -> dict[str, Any]:
                     f"{shown(value)}; remove the wrong one of {name} and {_alias_of(name)}"
                 )
             found[name] = value
+        elif own and name == "quantization_config" and _is_our_packing(value):
+            continue
         elif name in ONLY:
             allowed, reason = ONLY[name]
             if value not in allowed:
@@ -238,6 +250,10 @@ def read_fields(values: Mapping[str, Any]) -> dict[str, Any]:
                 + (hint or "; it might change the model: remove it if it does not")
             )
     return _ours(found, fields)
+
+
+def _is_our_packing(value: object) -> bool:
+    return isinstance(value, Mapping) and value.get("quant_method") == QUANTIZATION_METHOD
 
 
 def _alias_of(name: str) -> str:

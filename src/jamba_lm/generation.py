@@ -8,75 +8,32 @@ B sequences, V vocabulary.
 
 from __future__ import annotations
 
-import operator
+import time
 from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from jamba_lm.config_json import shown
+from jamba_lm.continuation import Continuation, require_ids
+from jamba_lm.continuation import GeneratedToken as GeneratedToken
+from jamba_lm.continuation import Request as Request
+from jamba_lm.drafting.policy import DraftPolicy
 from jamba_lm.errors import InputError
 from jamba_lm.language_model import LanguageModel
 from jamba_lm.model.state import SequenceState
-from jamba_lm.sampling import Sampler, Sampling, log_probabilities
+from jamba_lm.sampling import Sampling
 
 if TYPE_CHECKING:
-    from jamba_lm.text.tokenizer import TextStream, Tokenizer
+    from jamba_lm.text.tokenizer import Tokenizer
 
 # Tokens of prompts that one call of the model reads at most. The memory of a call grows with this
 # and not with the prompt.
 PREFILL_TOKENS = 512
+# The time of a call of this many rows says what a row more costs; in a shorter one that reads a
+# prompt, the first of the program as a rule, other things weigh more.
+TELLING_ROWS = 64
 
-FinishReason = Literal["length", "stop_id", "stop_string"]
 ReportProgress = Callable[[int, int], None]
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Request:
-    """One sequence to be continued.
-
-    Attributes:
-        prompt_ids: what the model is to read first; at least one token.
-        max_new_tokens: stop after this many.
-        sampling: how tokens are picked.
-        stop_ids: stop after picking one of these. It is yielded, without text.
-        stop_strings: stop when the text of the answer holds one of these; it and what follows are
-            not part of the text. Needs a tokenizer.
-        num_logprobs: None for no log-probabilities, else how many of the likeliest tokens to
-            list beside the one picked.
-        state: a state to continue, which is moved forward in place; None starts afresh. Afterwards
-            it has read the prompt and all new tokens but the last.
-    """
-
-    prompt_ids: Sequence[int]
-    max_new_tokens: int = 128
-    sampling: Sampling = field(default_factory=Sampling)
-    stop_ids: Collection[int] = ()
-    stop_strings: Sequence[str] = ()
-    num_logprobs: int | None = None
-    state: SequenceState | None = None
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class GeneratedToken:
-    """One more token of a sequence.
-
-    Attributes:
-        id: the token.
-        text: what may now be shown. Empty while a character is incomplete or the text may be the
-            beginning of a stop string, and always when there is no tokenizer.
-        finish_reason: why this was the last token; None when it was not.
-        logprob: natural logarithm of the probability that the model itself gave the token, before
-            temperature and filters; None unless asked for.
-        top_logprobs: the tokens it found likeliest, likeliest first, with theirs.
-    """
-
-    id: int
-    text: str = ""
-    finish_reason: FinishReason | None = None
-    logprob: float | None = None
-    top_logprobs: tuple[tuple[int, float], ...] = ()
 
 
 def generate(
@@ -89,6 +46,8 @@ def generate(
     stop_strings: Sequence[str] = (),
     num_logprobs: int | None = None,
     state: SequenceState | None = None,
+    draft: str | None = None,
+    draft_tokens: int | None = None,
     tokenizer: Tokenizer | None = None,
     prefill_tokens: int = PREFILL_TOKENS,
     on_prefill: ReportProgress | None = None,
@@ -109,6 +68,8 @@ def generate(
         stop_strings=stop_strings,
         num_logprobs=num_logprobs,
         state=state,
+        draft=draft,
+        draft_tokens=draft_tokens,
     )
     tokens = generate_batch(
         model,
@@ -130,9 +91,10 @@ def generate_batch(
 ) -> Iterator[tuple[int, GeneratedToken]]:
     """Continue several sequences together, yielding (index of the request, token).
 
-    Every call of the model takes one token of each sequence that is being continued and, from
-    those still reading, pieces of prompts. A prompt is cut at the same places whoever else is
-    there, and draws are a sequence's own: the company changes nothing but floating-point rounding.
+    Every call of the model takes one token of each sequence that is being continued, with its
+    draft if it has one, and, from those still reading, pieces of prompts. A prompt is cut at the
+    same places whoever else is there, and draws are a sequence's own: the company changes nothing
+    but floating-point rounding.
 
     Args:
         model: the model.
@@ -154,7 +116,7 @@ def generate_batch(
         raise InputError(
             "the same state was given for two requests: fork() it, so that each moves on its own"
         )
-    sequences = [_Sequence(model, request, tokenizer) for request in requests]
+    sequences = [Continuation(model, request, tokenizer) for request in requests]
     return _run(model, sequences, prefill_tokens, on_prefill)
 
 
@@ -180,63 +142,60 @@ def read_ids(
     return logits_BV[0]
 
 
-def require_ids(ids: Sequence[int], vocab_size: int) -> list[int]:
-    """Return `ids` as a list if a model of this vocabulary can read them.
-
-    A prompt is checked whole before any of it is read: a mistake at its end must not cost the time
-    of reading the rest.
-
-    Raises:
-        InputError: no ids, or one that is no integer or out of range.
-    """
-    checked = []
-    for place, given in enumerate(ids):
-        try:
-            token = operator.index(given)
-        except TypeError as error:
-            raise InputError(
-                f"prompt id {place} is {shown(given)}: expected an int; encode text first"
-            ) from error
-        if not 0 <= token < vocab_size:
-            raise InputError(
-                f"prompt id {place} is {shown(token)}, which is out of range: "
-                f"expected 0..{vocab_size - 1}; is this the model's tokenizer?"
-            )
-        checked.append(token)
-    if not checked:
-        raise InputError("the prompt is empty: expected at least one token id to continue from")
-    return checked
-
-
 def _run(
     model: LanguageModel,
-    sequences: list[_Sequence],
+    sequences: list[Continuation],
     prefill_tokens: int,
     on_prefill: ReportProgress | None,
 ) -> Iterator[tuple[int, GeneratedToken]]:
     num_prompt = sum(len(sequence.unread) for sequence in sequences)
     running = list(enumerate(sequences))
+    policy = DraftPolicy() if any(sequence.drafts for sequence in sequences) else None
     while running:
-        work = _share_call(running, prefill_tokens)
-        logits_BV = model.next_logits(
-            [ids for _, _, ids in work], [sequence.state for _, sequence, _ in work]
-        ).cpu()
+        work = _share_call(running, prefill_tokens, policy)
+        started = time.perf_counter()
+        logits = _read(model, work)
+        seconds = time.perf_counter() - started
         reading = any(sequence.reading for _, sequence, _ in work)
         for _, sequence, ids in work:
-            del sequence.unread[: len(ids)]
+            if sequence.reading:
+                del sequence.unread[: len(ids)]
         if reading and on_prefill is not None:
             on_prefill(num_prompt - sum(len(s.unread) for s in sequences if s.reading), num_prompt)
-        for (index, sequence, _), logits_V in zip(work, logits_BV, strict=True):
-            if not sequence.unread:
-                yield index, sequence.extend(logits_V)
+        written = [
+            (index, sequence, sequence.extend(rows))
+            for (index, sequence, _), rows in zip(work, logits, strict=True)
+            if not (sequence.reading and sequence.unread)
+        ]
+        if policy is not None:
+            rows = sum(len(ids) for _, _, ids in work)
+            if not reading:
+                num_written = sum(len(tokens) for _, _, tokens in written)
+                policy.observe(rows, seconds, sequences=len(work), written=num_written)
+            elif rows >= TELLING_ROWS:
+                policy.times.observe(rows, seconds)
+        for index, sequence, tokens in written:
+            for token in tokens[:-1]:
+                yield index, token
+            sequence.settle(model)
+            yield index, tokens[-1]
         running = [(index, sequence) for index, sequence in running if not sequence.done]
 
 
+_Work = list[tuple[int, Continuation, list[int]]]
+
+
 def _share_call(
-    running: list[tuple[int, _Sequence]], prefill_tokens: int
-) -> list[tuple[int, _Sequence, list[int]]]:
+    running: list[tuple[int, Continuation]], prefill_tokens: int, policy: DraftPolicy | None
+) -> _Work:
     """Choose what the next call of the model reads: (index, sequence, ids)."""
-    work = []
+    work: _Work = []
+    if policy is not None and not any(sequence.reading for _, sequence in running):
+        lengths = policy.choose([sequence.wish() for _, sequence in running])
+        for (index, sequence), length in zip(running, lengths, strict=True):
+            work.append((index, sequence, [*sequence.unread, *sequence.make_draft(length)]))
+        return work
+    # Nobody drafts beside a prompt: the call is a long one, and its time would tell nothing.
     room = prefill_tokens
     for index, sequence in running:
         if not sequence.reading:
@@ -251,116 +210,11 @@ def _share_call(
     return work
 
 
-class _Sequence:
-    """One request on its way: what it still has to read, and what it has said."""
-
-    def __init__(self, model: LanguageModel, request: Request, tokenizer: Tokenizer | None) -> None:
-        if request.max_new_tokens < 1:
-            raise InputError(f"max_new_tokens is {request.max_new_tokens}: expected at least 1")
-        if request.num_logprobs is not None and request.num_logprobs < 0:
-            raise InputError(f"num_logprobs is {request.num_logprobs}: expected at least 0")
-        if tokenizer is None and request.stop_strings:
-            raise InputError(
-                "stop strings need a tokenizer: give one, or use stop_ids to stop at tokens"
-            )
-        vocab_size = model.config.vocab_size
-        self.unread = require_ids(request.prompt_ids, vocab_size)
-        self.state = model.new_state() if request.state is None else request.state
-        self.reading = True
-        self.done = False
-        self._request = request
-        self._sampler = Sampler(request.sampling, vocab_size, [*self.state.ids, *self.unread])
-        self._text = None
-        if tokenizer is not None:
-            self._text = StoppingText(tokenizer.stream(), request.stop_strings)
-
-    def extend(self, logits_V: Tensor) -> GeneratedToken:
-        """Pick the next token, and note that it is to be read."""
-        request = self._request
-        token = self._sampler.pick(logits_V)
-        self.reading = False
-        self.unread = [token]
-        text = ""
-        reason: FinishReason | None = None
-        if token in request.stop_ids:
-            reason = "stop_id"
-        elif self._text is not None:
-            text = self._text.push(token)
-        if self._sampler.num_picked == request.max_new_tokens:
-            reason = reason or "length"
-        if self._text is not None:
-            if reason is not None:
-                text += self._text.flush()
-            if self._text.stopped:
-                reason = "stop_string"
-        self.done = reason is not None
-        if request.num_logprobs is None:
-            return GeneratedToken(id=token, text=text, finish_reason=reason)
-        found = log_probabilities(logits_V, token, request.num_logprobs)
-        return GeneratedToken(
-            id=token,
-            text=text,
-            finish_reason=reason,
-            logprob=found.picked,
-            top_logprobs=found.top,
-        )
-
-
-class StoppingText:
-    """Text that arrives token by token, and ends before the first stop string.
-
-    Nothing that may turn out to be the beginning of a stop string is let out before it is certain.
-
-    Attributes:
-        stopped: whether a stop string has come.
-    """
-
-    def __init__(self, stream: TextStream, stop_strings: Sequence[str]) -> None:
-        """Wrap a tokenizer's stream.
-
-        Raises:
-            InputError: a stop string is empty or not a string.
-        """
-        for stop in stop_strings:
-            if not isinstance(stop, str) or not stop:
-                raise InputError(f"stop string {stop!r}: expected a string, and not an empty one")
-        self.stopped = False
-        self._stream = stream
-        self._stop_strings = tuple(stop_strings)
-        self._held = ""
-
-    def push(self, token: int) -> str:
-        """Take one more token, and return the text that is now certain."""
-        return self._release(self._stream.push(token))
-
-    def flush(self) -> str:
-        """Return what was held back: no more tokens will come."""
-        text = self._release(self._stream.flush())
-        if not self.stopped:
-            text += self._held
-        self._held = ""
-        return text
-
-    def _release(self, more: str) -> str:
-        if self.stopped:
-            return ""
-        text = self._held + more
-        found = [place for stop in self._stop_strings if (place := text.find(stop)) >= 0]
-        if found:
-            self.stopped = True
-            self._held = ""
-            return text[: min(found)]
-        num_held = max((overlap(text, stop) for stop in self._stop_strings), default=0)
-        certain = len(text) - num_held
-        self._held = text[certain:]
-        return text[:certain]
-
-
-def overlap(text: str, stop: str) -> int:
-    """Return the length of the longest beginning of `stop` with which `text` ends.
-
-    >>> overlap("the en", "end")
-    2
-    """
-    longest = min(len(text), len(stop) - 1)
-    return next((length for length in range(longest, 0, -1) if text.endswith(stop[:length])), 0)
+def _read(model: LanguageModel, work: _Work) -> Sequence[Tensor]:
+    """Let the model read, and return the logits after the last token and the drafted ones."""
+    ids = [ids for _, _, ids in work]
+    states = [sequence.state_to_move() for _, sequence, _ in work]
+    counts = [1 + len(sequence.draft) for _, sequence, _ in work]
+    if max(counts) == 1:
+        return model.next_logits(ids, states).cpu().split(1)
+    return [logits.cpu() for logits in model.last_logits(ids, counts, states)]

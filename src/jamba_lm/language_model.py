@@ -13,14 +13,33 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from jamba_lm.checkpoint.gguf_reader import read_gguf_decoder
 from jamba_lm.checkpoint.huggingface import as_dtype, read_decoder, write_decoder
+from jamba_lm.checkpoint.packed_reader import (
+    pack_while_reading,
+    read_packed_decoder,
+    refuse_packed,
+    stored_scheme,
+)
+from jamba_lm.checkpoint.packed_writer import write_packed_decoder
 from jamba_lm.config import JambaConfig
 from jamba_lm.errors import InputError
+from jamba_lm.gguf_file import is_gguf
 from jamba_lm.kernels import ops
+from jamba_lm.kernels.native_step import STEP_ROWS
 from jamba_lm.model.batch import Batch
-from jamba_lm.model.decoder import Decoder
+from jamba_lm.model.decoder import Decoder, Rows
 from jamba_lm.model.initialization import initialize
 from jamba_lm.model.state import SequenceState
+from jamba_lm.quantization.policy import Scheme, find_scheme
+from jamba_lm.quantization.rewrite import (
+    PlainWeights,
+    quantize_decoder,
+    scheme_of,
+    stored_tensors,
+    use_backend,
+)
+from jamba_lm.step_plan import StepPlan, why_not_plan
 
 # Bytes taken from each tensor, spread over it, for the fingerprint: all of a small tensor, and
 # enough of a large one that no training step leaves them as they were.
@@ -48,11 +67,23 @@ class LanguageModel:
         self.config = config
         self.decoder = decoder
         self.backend = backend
+        use_backend(decoder, backend)
+        self._plan: StepPlan | str | None = None
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype of weights and activations (decays and states stay float32)."""
-        return self.decoder.embedding.weight.dtype
+        """The dtype of activations, and of weights that are not packed (decays stay float32)."""
+        return self.decoder.final_norm.weight.dtype
+
+    @property
+    def scheme(self) -> Scheme | None:
+        """How the weights are quantised; None when they are not."""
+        return scheme_of(self.decoder)
+
+    @property
+    def weight_bytes(self) -> int:
+        """Size of all weights as they are kept."""
+        return sum(tensor.nbytes for _, tensor in stored_tensors(self.decoder))
 
     @cached_property
     def fingerprint(self) -> str:
@@ -63,9 +94,9 @@ class LanguageModel:
         changing weights.
         """
         digest = sha256(repr(self.config).encode())
-        for name, parameter in self.decoder.named_parameters():
-            flat = parameter.detach().flatten()
-            digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}\n".encode())
+        for name, tensor in stored_tensors(self.decoder):
+            flat = tensor.detach().flatten()
+            digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
             sample = flat[:: max(1, len(flat) // FINGERPRINT_SAMPLES)].contiguous()
             digest.update(sample.view(torch.uint8).numpy().data)
         return digest.hexdigest()
@@ -93,8 +124,7 @@ class LanguageModel:
             InputError: no sequence, an empty one, an id out of range, or states that do not match.
         """
         ids_M, batch = self._batch(sequences, states)
-        with torch.no_grad():
-            logits_MV = self.decoder(ids_M, batch)
+        logits_MV = self._read(ids_M, batch, "all")
         return list(logits_MV.split(batch.lengths))
 
     def next_logits(
@@ -107,12 +137,75 @@ class LanguageModel:
         Arguments and errors are those of `logits`.
         """
         ids_M, batch = self._batch(sequences, states)
-        with torch.no_grad():
-            return self.decoder(ids_M, batch, rows="last")
+        return self._read(ids_M, batch, "last")
 
-    def save(self, path: str | Path) -> None:
-        """Write a folder in Hugging Face's layout: config.json and safetensors."""
-        write_decoder(Path(path), self.config, self.decoder)
+    def last_logits(
+        self,
+        sequences: Sequence[Sequence[int]],
+        counts: Sequence[int],
+        states: Sequence[SequenceState] | None = None,
+    ) -> list[Tensor]:
+        """Read several sequences and return the logits after the last few tokens of each.
+
+        Args:
+            sequences: as for `logits`.
+            counts: after how many of its last tokens, for each sequence.
+            states: as for `logits`.
+
+        Returns:
+            One float32 tensor [counts_i, V] per sequence.
+        """
+        ids_M, batch = self._batch(sequences, states)
+        assert len(counts) == len(batch.lengths)
+        ends = batch.offsets[1:].tolist()
+        wanted = [torch.arange(end - n, end) for end, n in zip(ends, counts, strict=True)]
+        logits = self._read(ids_M, batch, torch.cat(wanted))
+        return list(logits.split(list(counts)))
+
+    def save(self, path: str | Path, *, dequantize: bool = False) -> None:
+        """Write a folder in Hugging Face's layout: config.json and safetensors.
+
+        A quantised model is written as it is, and only this project reads it.
+
+        Args:
+            path: where to.
+            dequantize: write what packed matrices stand for, in the model's dtype, so that other
+                programs can read it.
+
+        Raises:
+            InputError: the folder may not be written.
+        """
+        scheme = self.scheme
+        if scheme is None:
+            write_decoder(Path(path), self.config, self.decoder)
+        elif dequantize:
+            weights = PlainWeights(self.decoder)
+            write_decoder(Path(path), self.config, weights, dtype=self.dtype)
+        else:
+            write_packed_decoder(Path(path), self.config, self.decoder, scheme)
+
+    def why_not_step(self) -> str | None:
+        """Say why few tokens are read module by module, or None when one native call reads them."""
+        plan = self._current_plan()
+        return plan if isinstance(plan, str) else None
+
+    def _current_plan(self) -> StepPlan | str:
+        if isinstance(self._plan, StepPlan) and not self._plan.is_current:
+            self._plan = None
+        if self._plan is None:
+            reason = why_not_plan(self.decoder, self.backend)
+            self._plan = StepPlan(self.config, self.decoder) if reason is None else reason
+        return self._plan
+
+    def _read(self, ids_M: Tensor, batch: Batch, rows: Rows) -> Tensor:
+        """Return the logits after `rows`, float32, by one native call where that can be."""
+        if batch.states is not None and batch.num_rows <= STEP_ROWS:
+            plan = self._current_plan()
+            if isinstance(plan, StepPlan):
+                sequences = [ids_M[first:end].tolist() for first, end in batch.spans()]
+                return plan.run(sequences, batch.states, batch.numbers_of(rows))
+        with torch.no_grad():
+            return self.decoder(ids_M, batch, rows=rows)
 
     def _batch(
         self,
@@ -121,39 +214,70 @@ class LanguageModel:
     ) -> tuple[Tensor, Batch]:
         batch = Batch.of([len(ids) for ids in sequences], states, self.backend)
         try:
-            ids_M = torch.tensor([one for ids in sequences for one in ids], dtype=torch.int64)
-        except (TypeError, ValueError, RuntimeError, OverflowError) as wrong:
+            flat = [one for ids in sequences for one in ids]
+            ids_M = torch.tensor(flat, dtype=torch.int64)
+        except (TypeError, ValueError, RuntimeError, OverflowError) as error:
             raise InputError(
-                f"token ids must be integers ({wrong}): expected a list of lists of ids"
-            ) from wrong
-        wrong_row = torch.nonzero((ids_M < 0) | (ids_M >= self.config.vocab_size))
-        if len(wrong_row):
+                f"token ids must be integers ({error}): expected a list of lists of ids"
+            ) from error
+        wrong = next((one for one in flat if not 0 <= one < self.config.vocab_size), None)
+        if wrong is not None:
             raise InputError(
-                f"token id {int(ids_M[wrong_row[0, 0]])} is out of range: "
+                f"token id {wrong} is out of range: "
                 f"expected 0..{self.config.vocab_size - 1}; is this the model's tokenizer?"
             )
         return ids_M, batch
 
 
 def load(
-    path: str | Path, dtype: str | torch.dtype = "auto", backend: str | None = None
+    path: str | Path,
+    dtype: str | torch.dtype = "auto",
+    backend: str | None = None,
+    quantize: str | Scheme | None = None,
 ) -> LanguageModel:
-    """Load a checkpoint folder in Hugging Face's layout.
+    """Load a checkpoint folder in Hugging Face's layout, quantised or not, or a GGUF file.
 
     Args:
-        path: a folder with config.json and safetensors.
-        dtype: "auto" keeps that of the file; "fp32", "bf16", "fp16" or a torch dtype converts.
+        path: a folder with config.json and safetensors, or a file whose name ends in .gguf.
+        dtype: "auto" keeps that of the file, and takes bfloat16 for a quantised GGUF file;
+            "fp32", "bf16", "fp16" or a torch dtype converts. Of a quantised model, it is the type
+            of all else.
         backend: kernel back-end to use, by name; None takes the fastest that can.
+        quantize: pack the weights while they are read, by "experts-int8", "int8" or "int4".
 
     Raises:
         CheckpointError: no checkpoint there, or one that does not fit its config.
         ConfigError: config.json is not a Jamba config.
-        InputError: `dtype` is unknown.
+        InputError: `dtype` or `quantize` is unknown, or the checkpoint is quantised already.
         BackendUnavailable: `backend` was named and cannot run here.
     """
     ops.require(backend)
-    config, decoder = read_decoder(Path(path), dtype)
+    if dtype != "auto":
+        dtype = as_dtype(dtype)
+    scheme = find_scheme(quantize) if isinstance(quantize, str) else quantize
+    path = Path(path)
+    if is_gguf(path):
+        config, decoder = read_gguf_decoder(path, dtype)
+        if scheme is not None:
+            quantize_decoder(decoder, scheme)
+    else:
+        config, decoder = _read_folder(path, dtype, scheme)
     return LanguageModel(config, decoder, backend=backend)
+
+
+def _read_folder(
+    folder: Path, dtype: str | torch.dtype, scheme: Scheme | None
+) -> tuple[JambaConfig, Decoder]:
+    stored = stored_scheme(folder) if folder.is_dir() else None
+    if stored is not None:
+        if scheme is not None:
+            refuse_packed(folder, f"so it cannot be loaded as {scheme.name}")
+        config = JambaConfig.load(folder)
+        return config, read_packed_decoder(folder, config, stored, dtype)
+    if scheme is None or not folder.is_dir():
+        return read_decoder(folder, dtype)
+    config = JambaConfig.load(folder)
+    return config, pack_while_reading(folder, config, scheme, dtype)
 
 
 def from_config(

@@ -8,6 +8,7 @@ Source: the safetensors format (8 bytes of header length, a JSON header, the dat
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -142,27 +143,56 @@ def write_tensor_stream(
         tensors: the values; each may be dropped as soon as the next is asked for.
         metadata: strings for the header.
     """
+    names = (name for name, _, _ in specs)
+    write_tensors_as_made(path, specs, zip(names, tensors, strict=True), metadata)
+
+
+def write_tensors_as_made(
+    path: str | Path,
+    specs: Sequence[TensorSpec],
+    tensors: Iterable[tuple[str, Tensor]],
+    metadata: Mapping[str, str],
+) -> None:
+    """Write a safetensors file of tensors that are made one at a time, in any order.
+
+    Args:
+        path: where to; an existing file is replaced at the end, in one step.
+        specs: name, dtype and shape of each tensor, in the order of the file: wider types first, so
+            that every tensor is aligned to its type.
+        tensors: names and values, each name once; a value may be dropped as soon as the next is
+            asked for.
+        metadata: strings for the header.
+    """
     header = _header(specs, metadata)
+    places, first = {}, 8 + len(header)
+    for name, dtype, shape in specs:
+        places[name] = first, dtype, tuple(shape)
+        first += _num_bytes(dtype, shape)
 
     def write(file: BinaryIO) -> None:
         file.write(len(header).to_bytes(8, "little"))
         file.write(header)
-        for (name, dtype, shape), tensor in zip(specs, tensors, strict=True):
+        for name, tensor in tensors:
+            place, dtype, shape = places.pop(name)
             assert tensor.dtype == dtype, name
-            assert tuple(tensor.shape) == tuple(shape), name
+            assert tuple(tensor.shape) == shape, name
+            file.seek(place)
             for piece in _pieces(tensor):
                 file.write(piece)
+        assert not places, f"never made: {list(places)}"
 
     write_atomic(Path(path), write)
+
+
+def _num_bytes(dtype: torch.dtype, shape: Sequence[int]) -> int:
+    return math.prod(shape) * dtype.itemsize
 
 
 def _header(specs: Sequence[TensorSpec], metadata: Mapping[str, str]) -> bytes:
     entries: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
     first = 0
     for name, dtype, shape in specs:
-        size = dtype.itemsize
-        for extent in shape:
-            size *= extent
+        size = _num_bytes(dtype, shape)
         entries[name] = {
             "dtype": CODES[dtype],
             "shape": list(shape),

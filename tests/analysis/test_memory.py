@@ -138,10 +138,10 @@ def test_a_real_model_takes_the_bytes_that_were_planned(arm, dtype):
 
 def test_sizes_that_are_known_of_the_released_models():
     assert mamba_state_bytes(JambaConfig()) == 16_056_320
-    # vLLM's experts_int8, with its row scales: 54.06 GiB and 32 MiB of scales.
-    scales = 256 * (2 * 14336 + 4096) * 4
+    # 256 experts and 16 MLPs of one size, in 8 bits with a scale per row.
+    scales = (256 + 16) * (2 * 14336 + 4096) * 4
     kept_wide = 28 * 8192 * 17 * 2
-    experts = 256 * 176_160_768
+    experts = (256 + 16) * 176_160_768
     rest = 2 * (51_570_323_328 - experts)
     assert weight_bytes(JambaConfig(), "experts-int8") == experts + scales + rest + kept_wide
 
@@ -153,26 +153,16 @@ def test_smaller_formats_take_less():
     assert by_name["experts-int8"] > by_name["int8"] > by_name["int4"]
 
 
-def test_four_bits_cost_half_a_byte_and_a_scale_per_group():
-    config = JambaConfig(
-        d_model=130,
-        d_ff=1,
-        num_layers=1,
-        num_heads=1,
-        num_kv_heads=1,
-        d_head=1,
-        num_experts=1,
-        vocab_size=3,
-    )
-    plain, packed = (weight_bytes(config, name) for name in ("bf16", "int4"))
-    # gate and up: one row of 130 inputs in two groups; down: 130 rows of one input.
-    before = 3 * 130 * 2
-    after = 2 * (65 + 2 * 4) + 130 * (1 + 4)
-    assert plain - packed == before - after
+def test_four_bits_cost_half_a_byte_and_two_numbers_per_group():
+    # Wider by a group of the MLP's inputs: three matrices grow, the norms do not.
+    narrow = JambaConfig(num_experts=1, d_model=256, d_ff=128, num_layers=1, vocab_size=3)
+    wide = narrow.replace(d_ff=192)
+    grown = weight_bytes(wide, "int4") - weight_bytes(narrow, "int4")
+    assert grown == 3 * 64 * 256 // 2 + 3 * 64 * 256 // 64 * 4
 
 
 def test_an_unknown_format_names_the_closest():
-    with pytest.raises(InputError, match="experts-int8, int4; did you mean 'experts-int8'"):
+    with pytest.raises(InputError, match="int4, int4-32; did you mean 'experts-int8'"):
         memory_rates(JambaConfig(), "expert-int8")
 
 
@@ -213,7 +203,7 @@ def test_the_estimate_was_fitted_to_figure_2():
 
     79.15 GiB are usable of such a GPU.
     """
-    rates = memory_rates(JambaConfig(), "int8")
+    rates = memory_rates(JambaConfig(), "experts-int8")
     fit = largest_fit(
         lambda tokens: rates.plan(tokens=tokens, chunk=None).total, math.floor(79.15 * GIB)
     )

@@ -7,7 +7,8 @@ import json
 import pytest
 import torch
 
-from jamba_lm.cli.bench import Timing, Workload, run_once, spread, summary
+from jamba_lm.analysis.workload import Timing, Workload, run_once
+from jamba_lm.cli.bench import spread, summary
 from jamba_lm.cli.main import main
 from tests.arms import SMALL, shaken_model
 
@@ -54,6 +55,28 @@ def test_a_repetition_reads_and_writes_what_the_workload_says(
     assert all(sum(call) <= max(prefill_tokens, batch) for call in calls)
     assert calls[-4:] == [[1] * batch] * 4
     assert timing.prefill_seconds > 0 < timing.decode_seconds
+
+
+def test_drafts_are_measured_and_told(capsys, tiny_checkpoint):
+    command = ["bench", str(tiny_checkpoint), "--prompt-tokens", "9", "--new-tokens", "12"]
+    assert main([*command, "--batch", "2", "--repeats", "1", "--draft", "lookup", "--json"]) == 0
+    printed = capsys.readouterr()
+    values = json.loads(printed.out)
+    assert values["workload"]["draft"] == "lookup"
+    counts = values["drafting"]
+    assert counts["accepted"] <= counts["proposed"]
+    assert 1 <= counts["calls"] <= 12
+    assert f"24 tokens in {counts['calls']} call" in printed.err
+    assert main([*command, "--repeats", "1", "--draft", "oracle"]) == 2
+    assert "draft is 'oracle'" in capsys.readouterr().err
+
+
+def test_one_of_anything_is_not_many(capsys, tiny_checkpoint):
+    threads = torch.get_num_threads()
+    command = ["bench", str(tiny_checkpoint), "--prompt-tokens", "4", "--new-tokens", "1"]
+    assert main([*command, "--repeats", "1", "--threads", "1"]) == 0
+    torch.set_num_threads(threads)
+    assert "1 thread, batch 1, 1 repetition\n" in capsys.readouterr().out
 
 
 def test_rates_are_tokens_of_all_sequences_over_seconds():

@@ -72,6 +72,15 @@ def test_undo_and_retry(chat):
     assert answered(chat, "Hello?\n/retry\n")["messages"] == again["messages"]
 
 
+def test_drafts_are_told_and_change_nothing(chat):
+    lines = "boats, boats, boats, boats, boats\nAnd then?\n"
+    plain = answered(chat, lines, "--dtype", "fp32")
+    drafted = answered(chat, lines, "--dtype", "fp32", "--draft", "lookup")
+    assert drafted["messages"] == plain["messages"]
+    assert all(answer["drafting"]["calls"] <= 8 for answer in drafted["answers"])
+    assert drafted["sampling"]["sources"]["seed"] == "option"
+
+
 def test_a_greedy_retry_says_that_it_changes_nothing(chat):
     _, err, _ = chat("Hello?\n/retry\n", "--temperature", "0")
     assert "always the same" in err

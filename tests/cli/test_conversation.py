@@ -185,6 +185,26 @@ def test_an_answer_cut_short_is_gone_on_from(talk, calls):
     assert sum(map(len, calls)) == talk.num_tokens - known
 
 
+def test_drafts_change_nothing_that_is_said(model, folder, tmp_path):
+    """Also where an answer is stopped within a draft, and kept or gone on with from there."""
+    question = "the boats and the boats and the boats and the boats"
+
+    def told(draft: str | None) -> list:
+        tokenizer = load_tokenizer(folder)
+        talk = Conversation(model, tokenizer, draft=draft)
+        sampling = Sampling(temperature=1.0, frequency_penalty=-1.0, seed=3)
+        for take in (30, 17, 11, 5):
+            tokens = talk.ask(question, max_new_tokens=30, sampling=sampling)
+            for _ in zip(range(take), tokens, strict=False):
+                pass
+            tokens.close()
+            talk.save(tmp_path / "kept")
+            talk.load(tmp_path / "kept")
+        return talk.messages
+
+    assert told("lookup") == told(None)
+
+
 def test_a_question_whose_reading_was_stopped_was_not_asked(talk):
     say(talk, QUESTIONS[0])
     messages, known = list(talk.messages), talk.num_tokens

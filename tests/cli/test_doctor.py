@@ -7,7 +7,7 @@ import json
 import pytest
 
 from jamba_lm.cli.main import main
-from jamba_lm.kernels import library, native, ops, report
+from jamba_lm.kernels import library, native, ops, reference, report
 
 
 @pytest.fixture(autouse=True)
@@ -22,7 +22,7 @@ def told(capsys: pytest.CaptureFixture[str]) -> dict:
 
 def test_every_operation_is_listed_with_its_server(capsys):
     found = told(capsys)
-    assert set(found["operations"]) == native.OPERATIONS
+    assert set(found["operations"]) == reference.OPERATIONS
     best = library.loaded_library().paths_here[0]
     assert found["operations"]["selective_scan"] == {
         "backend": "native",
@@ -37,7 +37,7 @@ def test_every_operation_is_listed_with_its_server(capsys):
 def test_a_person_reads_the_same(capsys):
     assert main(["doctor"]) == 0
     text = capsys.readouterr().out
-    for operation in native.OPERATIONS:
+    for operation in reference.OPERATIONS:
         assert f"\n{operation} " in text
     assert "reference: it is slower" in text
 

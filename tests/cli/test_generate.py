@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import math
+import shutil
 import signal
 import subprocess
 from pathlib import Path
@@ -189,6 +190,90 @@ def test_a_prompt_of_a_megabyte_is_read(capsys, tmp_path):
     assert timing["new_tokens"] == 3
 
 
+# Drafts, chats and the checkpoint's own settings -----------------------------------------------
+
+
+def test_drafts_change_the_counts_and_not_the_text(run):
+    prompt = ("--prompt", PROMPT * 4, "--dtype", "fp32", "--json")
+    plain = json.loads(run(*prompt)[0])
+    out, err = run(*prompt, "--draft", "lookup")
+    values = json.loads(out)
+    assert values["ids"] == plain["ids"]
+    assert "drafting" not in plain
+    counts = values["drafting"]
+    assert counts["accepted"] <= counts["proposed"]
+    assert counts["calls"] + counts["accepted"] == 20
+    assert f"of {counts['proposed']} drafted tokens accepted in {counts['calls']} calls" in err
+
+
+def test_a_chat_prompt_is_a_message_of_the_user(capsys, tiny_chat_checkpoint):
+    command = ["generate", str(tiny_chat_checkpoint), "--max-tokens", "3", "--json", "--chat"]
+    tokenizer = load_tokenizer(tiny_chat_checkpoint)
+    for system in ([], [{"role": "system", "content": "Be brief."}]):
+        messages = [*system, {"role": "user", "content": PROMPT}]
+        more = ["--system", "Be brief."] if system else []
+        assert main([*command, "--prompt", PROMPT, *more]) == 0
+        values = json.loads(capsys.readouterr().out)
+        assert values["prompt_ids"] == tokenizer.chat_ids(messages)
+        assert values["messages"] == messages
+        assert values["prompt"] == PROMPT
+
+
+def sampling_of(run, *arguments: str) -> dict:
+    return json.loads(run("--prompt", PROMPT, "--json", *arguments)[0])["sampling"]
+
+
+def test_without_settings_the_defaults_are_used_and_named(run):
+    found = sampling_of(run, "--top-k", "7")
+    assert found["temperature"] == 0.8
+    assert found["top_p"] == 0.95
+    assert found["sources"]["temperature"] == "default"
+    assert found["top_k"] == 7
+    assert found["sources"]["top_k"] == "option"
+
+
+@pytest.fixture
+def run_with(capsys, tmp_path, tiny_checkpoint):
+    """Run a checkpoint whose generation_config.json says something more."""
+
+    def run_with(stated: dict, *arguments: str) -> dict:
+        folder = tmp_path / "model"
+        if not folder.exists():
+            shutil.copytree(tiny_checkpoint, folder)
+        write_json(folder / "generation_config.json", stated)
+        command = ["generate", str(folder), "--prompt", PROMPT, "--max-tokens", "2", "--json"]
+        assert main([*command, *arguments]) == 0
+        return json.loads(capsys.readouterr().out)["sampling"]
+
+    return run_with
+
+
+def test_the_checkpoint_s_settings_are_used_where_no_option_is_given(run_with):
+    stated = {"do_sample": True, "temperature": 0.4, "top_k": 30, "repetition_penalty": 1.1}
+    found = run_with(stated, "--temperature", "0.6")
+    assert (found["temperature"], found["sources"]["temperature"]) == (0.6, "option")
+    assert (found["top_k"], found["sources"]["top_k"]) == (30, "generation_config.json")
+    assert found["repetition_penalty"] == 1.1
+    assert (found["top_p"], found["sources"]["top_p"]) == (0.95, "default")
+
+
+def test_a_checkpoint_may_ask_for_no_draws_and_an_option_overrules_it(run_with):
+    found = run_with({"do_sample": False, "temperature": 0.4})
+    assert (found["temperature"], found["sources"]["temperature"]) == (0, "generation_config.json")
+    assert run_with({"do_sample": False}, "--temperature", "0.5")["temperature"] == 0.5
+    # An option that only means something with draws asks for them.
+    assert run_with({"do_sample": False}, "--top-p", "0.5")["temperature"] == 0.8
+    assert run_with({"do_sample": False}, "--presence-penalty", "1")["temperature"] == 0
+
+
+def test_a_setting_out_of_range_is_the_checkpoint_s_mistake(capsys, tmp_path, tiny_checkpoint):
+    shutil.copytree(tiny_checkpoint, tmp_path / "model")
+    write_json(tmp_path / "model" / "generation_config.json", {"top_p": 7})
+    assert main(["generate", str(tmp_path / "model"), "--prompt", "a"]) == 2
+    error = capsys.readouterr().err
+    assert "generation_config.json': top_p is 7: expected" in error
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -204,6 +289,9 @@ def test_a_prompt_of_a_megabyte_is_read(capsys, tmp_path):
         (["--prompt", "a", "--seed", "-1"], "seed is -1"),
         (["--prompt", "a", "--stop", ""], "stop string ''"),
         (["--prompt", "a", "--threads", "0"], "--threads is 0"),
+        (["--prompt", "a", "--draft", "oracle"], "draft is 'oracle': expected lookup"),
+        (["--prompt", "a", "--system", "Be brief."], "--system needs --chat"),
+        (["--prompt", "a", "--chat"], "no chat template"),
         (["--prompt", "a", "--dtype", "fp3"], "fp3"),
         (["--prompt", "a", "--backend", "abacus"], "abacus"),
     ],
@@ -230,9 +318,14 @@ def test_a_terminal_is_not_waited_for(refused, monkeypatch, pipe_in):
 
 
 @pytest.mark.parametrize("model", ["no/such/model", "jamba-v0.1"])
-def test_a_model_that_is_not_there_is_refused(capsys, model: str):
-    assert main(["generate", model, "--prompt", "a"]) == 2
-    assert capsys.readouterr().err.startswith("error: no ")
+@pytest.mark.parametrize("command", ["generate", "chat", "bench", "score"])
+def test_a_model_that_is_not_there_is_refused(capsys, tmp_path, command: str, model: str):
+    (tmp_path / "text").write_text("a")
+    file = {"score": [str(tmp_path / "text")], "generate": ["--prompt", "a"]}.get(command, [])
+    assert main([command, model, *file]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: no model at '{model}': expected a checkpoint folder")
+    assert error.count("\n") == 1
 
 
 def copy_tokenizer(source: Path, target: Path) -> None:

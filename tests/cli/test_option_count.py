@@ -14,13 +14,21 @@ from jamba_lm.cli.main import app
 OPTIONS = {
     "jamba": 1,
     "jamba inspect": 2,
-    "jamba plan": 7,
-    "jamba doctor": 1,
+    # --this-machine: a prediction takes seconds, and the plain answer must come at once.
+    "jamba plan": 8,
+    # --measure takes seconds too; --weights says what is predicted.
+    "jamba doctor": 3,
     "jamba init": 7,
-    "jamba generate": 19,
-    "jamba chat": 16,
-    "jamba score": 6,
-    "jamba bench": 9,
+    # --type and --dtype are one choice, but a folder and a file have other words for it.
+    "jamba convert": 5,
+    # --group is what a scheme leaves open; the rest are those of every command that writes.
+    "jamba quantize": 7,
+    # --quantize, here and below: trying a scheme must not need a second copy on the disk.
+    # --draft, here and below, pays on some texts only; --chat and --system say what a prompt is.
+    "jamba generate": 23,
+    "jamba chat": 18,
+    "jamba score": 7,
+    "jamba bench": 11,
     "jamba train": 7,
     "jamba tokenizer": 0,
     "jamba tokenizer train": 7,

@@ -35,8 +35,8 @@ def test_the_native_library_was_built():
 
 @pytest.mark.parametrize("operation", sorted(reference.OPERATIONS))
 def test_every_back_end_has_every_operation(operation: str):
-    for module in ops.BACKENDS.values():
-        assert operation in module.OPERATIONS
+    for name, module in ops.BACKENDS.items():
+        assert operation in module.OPERATIONS, name
         assert callable(getattr(module, operation))
         assert module.method(operation)
 

@@ -13,9 +13,11 @@ from hypothesis import strategies as st
 
 import jamba_lm
 from jamba_lm.errors import InputError, StateError
+from jamba_lm.kernels.native_step import STEP_ROWS
 from jamba_lm.language_model import LanguageModel
 from jamba_lm.model.state import LARGEST_BLOCK, KeyValueState, SequenceState
 from tests.arms import SMALL, random_ids, shaken_model
+from tests.tolerances import ANY_SPLIT, assert_within
 
 
 @pytest.fixture(scope="module")
@@ -130,7 +132,8 @@ def test_a_failed_call_leaves_the_state_where_it_was(
     with monkeypatch.context() as patch:
         patch.setattr(last, "forward", interrupted)
         with pytest.raises(KeyboardInterrupt):
-            model.logits([[8, 9]], [read])
+            # More rows than a native step takes: these go through the modules.
+            model.logits([[8] * (STEP_ROWS + 1)], [read])
     assert read.num_tokens == 20
     torch.testing.assert_close(model.logits([[5, 6, 7]], [read])[0], expected, rtol=0, atol=0)
 
@@ -161,6 +164,51 @@ def test_the_same_state_twice_in_a_batch_is_refused(model: LanguageModel, read: 
         model.logits([[1], [2]], [read, read])
     with pytest.raises(InputError, match="1 states given for 2 sequences"):
         model.logits([[1], [2]], [read])
+
+
+def test_a_discarded_fork_gives_back_the_room_it_wrote_in(model: LanguageModel):
+    state = model.new_state()
+    model.logits([random_ids(SMALL, 20)], [state])
+    held = state.num_bytes
+    for seed in range(30):
+        ahead = state.fork()
+        model.logits([random_ids(SMALL, 5, seed=seed)], [ahead])
+        state.discard(ahead)
+    model.logits([[1, 2]], [state])
+    assert state.num_bytes == held
+    fresh = model.new_state()
+    model.logits([[*random_ids(SMALL, 20), 1, 2]], [fresh])
+    assert state.ids == fresh.ids
+    found, expected = (model.logits([[3]], [one])[0] for one in (state, fresh))
+    assert_within(found, expected, ANY_SPLIT["fp32"])
+
+
+@settings(max_examples=60)
+@given(moves=st.lists(st.sampled_from(["read", "fork", "draft", "accept"]), max_size=14))
+def test_what_is_discarded_is_missed_by_nobody(model: LanguageModel, moves: list[str]):
+    """Forks that are kept, some of which wrote in the shared blocks first, remember all of it."""
+    kept = [model.new_state()]
+    model.logits([[1, 2, 3]], kept)
+    for number, move in enumerate(moves):
+        state = kept[number % len(kept)]
+        ids = [10 + number, 20 + number]
+        if move == "read":
+            model.logits([ids], [state])
+        elif move == "fork":
+            kept.append(state.fork())
+        else:
+            ahead = state.fork()
+            if number % 5:
+                model.logits([ids], [ahead])
+            (state.take_over if move == "accept" else state.discard)(ahead)
+            assert ahead.layers == []
+    for state in kept:
+        fresh = model.new_state()
+        model.logits([state.ids], [fresh])
+        assert state.ids[:3] == [1, 2, 3]
+        assert state.num_tokens == len(state.ids)
+        found, expected = (model.logits([[5]], [one])[0] for one in (state, fresh))
+        assert_within(found, expected, ANY_SPLIT["fp32"])
 
 
 def test_a_state_of_another_model_is_refused(read: SequenceState, tmp_path: Path):

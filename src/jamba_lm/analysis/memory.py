@@ -6,7 +6,6 @@ speed.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -16,6 +15,7 @@ from jamba_lm.config import JambaConfig
 from jamba_lm.config_json import closest, shown
 from jamba_lm.errors import InputError
 from jamba_lm.model.layout import Mixer, plan_layers
+from jamba_lm.quantization.policy import Packing, Scheme, all_schemes
 
 GIB = 1024**3
 
@@ -74,52 +74,33 @@ def parameter_counts(config: JambaConfig) -> ParameterCounts:
 
 @dataclass(frozen=True, slots=True)
 class WeightFormat:
-    """How weights are kept in memory.
+    """How weights are kept in memory, and in files.
 
     Attributes:
         description: for a person.
-        bytes_per_value: of the tensors that are not quantised, of keys, values and the
-            convolution's window.
-        quantized: the parts whose matrices are kept as integers.
-        bits: of one such integer.
-        scale_bytes: per scaled group of one row, scale and offset together.
-        group_size: inputs that share a scale; None for the whole row.
+        bytes_per_value: of the tensors that are not packed, of keys, values and the convolution's
+            window.
+        scheme: which matrices are packed into 8 or 4 bits; None when none is.
     """
 
     description: str
     bytes_per_value: int
-    quantized: frozenset[Part] = frozenset()
-    bits: int = 8
-    scale_bytes: int = 4
-    group_size: int | None = None
+    scheme: Scheme | None = None
 
+    def packing(self, group: TensorGroup) -> Packing | None:
+        """Return how the tensors of `group` are packed, or None when they are not."""
+        return None if self.scheme is None else self.scheme.packing(group.name, group.shape)
 
-_FEED_FORWARD: frozenset[Part] = frozenset({"experts", "MLP"})
 
 WEIGHT_FORMATS: Mapping[str, WeightFormat] = MappingProxyType(
     {
         "fp32": WeightFormat("32-bit floats", 4),
         "bf16": WeightFormat("16-bit bfloat16", 2),
         "fp16": WeightFormat("16-bit float16", 2),
-        "int8": WeightFormat(
-            # The model cards' advice for 8 bits: leave Mamba alone.
-            "experts, MLP and attention in 8 bits, a 32-bit scale per row; the rest in 16 bits",
-            2,
-            _FEED_FORWARD | {"attention"},
-        ),
-        "experts-int8": WeightFormat(
-            "experts in 8 bits, a 32-bit scale per row; the rest in 16 bits",
-            2,
-            frozenset({"experts"}),
-        ),
-        "int4": WeightFormat(
-            "experts, MLP and attention in 4 bits, 16-bit scale and offset per 128 inputs; "
-            "the rest in 16 bits",
-            2,
-            _FEED_FORWARD | {"attention"},
-            bits=4,
-            group_size=128,
-        ),
+        **{
+            scheme.label: WeightFormat(f"{scheme.description}; the rest in 16 bits", 2, scheme)
+            for scheme in all_schemes()
+        },
     }
 )
 
@@ -146,20 +127,18 @@ def weight_bytes(config: JambaConfig, weights: str = "bf16") -> int:
     >>> weight_bytes(JambaConfig(), "fp32") == 4 * parameter_counts(JambaConfig()).total
     True
     >>> round(weight_bytes(JambaConfig(), "int8") / GIB, 2)
-    51.32
+    48.13
     """
     form = weight_format(weights)
-    return sum(group.copies * _tensor_bytes(group, form) for group in list_tensors(config))
+    return sum(group.copies * tensor_bytes(group, form) for group in list_tensors(config))
 
 
-def _tensor_bytes(group: TensorGroup, form: WeightFormat) -> int:
-    if group.wide:
-        return 4 * group.values
-    if group.part not in form.quantized:
-        return form.bytes_per_value * group.values
-    rows, columns = group.shape
-    groups = math.ceil(columns / (form.group_size or columns))
-    return rows * (math.ceil(columns * form.bits / 8) + groups * form.scale_bytes)
+def tensor_bytes(group: TensorGroup, form: WeightFormat) -> int:
+    """Size of one tensor of `group` in a format, in bytes."""
+    packing = form.packing(group)
+    if packing is not None:
+        return packing.num_bytes(group.shape)
+    return (4 if group.wide else form.bytes_per_value) * group.values
 
 
 def kv_cache_bytes(

@@ -91,13 +91,29 @@ def read_decoder(
 def _fill(
     config: JambaConfig, files: WeightFiles, folder: Path, wanted: torch.dtype | None
 ) -> Decoder:
+    decoder, sources = find_parameters(config, files, folder)
+    if wanted is None:
+        wanted = prevalent_dtype(files)
+    for own, source in sources.items():
+        place(decoder, own, read_parameter(decoder, files, own, source, wanted))
+    return decoder
+
+
+def find_parameters(
+    config: JambaConfig, files: WeightFiles, folder: Path
+) -> tuple[Decoder, dict[str, Source]]:
+    """Return a decoder without values, and where the value of each of its parameters is stored.
+
+    Raises:
+        CheckpointError: the stored tensors are not exactly those of the config.
+    """
     _check_dtypes(files)
     stored = files.shapes
     sources = find_sources(stored, config.num_experts)
     shapes = {
         public: source_shape(found[0], stored[found[0].tensor]) for public, found in sources.items()
     }
-    _check_scale(config, shapes, folder)
+    check_scale(config, shapes, folder)
     with torch.device("meta"):
         decoder = Decoder(config)
     own_names = {public_name(own): own for own, _ in decoder.named_parameters()}
@@ -114,13 +130,15 @@ def _fill(
             f"the weights in {str(folder)!r} do not fit its config.json{because}; "
             f"{mismatch.describe()}"
         )
-    if wanted is None:
-        wanted = _prevalent_dtype(files, stored)
-    for public, own in own_names.items():
-        value = _take(files, sources[public][0])
-        target = torch.float32 if own.rpartition(".")[2] in KEPT_WIDE else wanted
-        place(decoder, own, value.reshape(decoder.get_parameter(own).shape).to(target))
-    return decoder
+    return decoder, {own: sources[public][0] for public, own in own_names.items()}
+
+
+def read_parameter(
+    decoder: Decoder, files: WeightFiles, own: str, source: Source, dtype: torch.dtype
+) -> Tensor:
+    """Return the stored value of a parameter, in its shape; decays and skips in float32."""
+    value = _take(files, source).reshape(decoder.get_parameter(own).shape)
+    return value.to(torch.float32 if own.rpartition(".")[2] in KEPT_WIDE else dtype)
 
 
 def place(decoder: Decoder, own: str, value: Tensor) -> None:
@@ -143,7 +161,8 @@ def _check_dtypes(files: WeightFiles) -> None:
             )
 
 
-def _check_scale(config: JambaConfig, shapes: Mapping[str, Shape], folder: Path) -> None:
+def check_scale(config: JambaConfig, shapes: Mapping[str, Shape], folder: Path) -> None:
+    """Refuse a config for which the stored tensors are far too few."""
     # A config may claim a million layers for a file of ten tensors: no module is built for those.
     experts = config.num_experts if config.num_experts > 1 else 0
     if config.num_layers * (1 + experts) > 1000 + 8 * len(shapes):
@@ -190,9 +209,10 @@ def _compare(
     )
 
 
-def _prevalent_dtype(files: WeightFiles, stored: Mapping[str, Shape]) -> torch.dtype:
+def prevalent_dtype(files: WeightFiles) -> torch.dtype:
+    """Return the type that most of the stored values have, decays and skips apart."""
     values: Counter[torch.dtype] = Counter()
-    for name, shape in stored.items():
+    for name, shape in files.shapes.items():
         if not name.endswith((".A_log", ".D")):
             values[files.dtype(name)] += torch.Size(shape).numel()
     if len(values) > 1:
@@ -258,7 +278,7 @@ def write_decoder(
     sizes = {own: shape.numel() * dtypes[own].itemsize for own, shape in shapes.items()}
     shards = plan_shards(sizes, dtypes, shard_bytes)
     total = sum(sizes.values())
-    _check_room(Path(folder), total)
+    check_room(Path(folder), total)
     written = 0
 
     def values(names: list[str]) -> Iterator[Tensor]:
@@ -287,7 +307,7 @@ def write_decoder(
             )
         torch_name = str(dtypes["embedding.weight"]).removeprefix("torch.")
         write_json(partial / "config.json", {**config.to_hf(), "dtype": torch_name})
-        write_json(partial / "generation_config.json", _generation_config(config))
+        write_json(partial / "generation_config.json", generation_config(config))
     return total
 
 
@@ -306,7 +326,12 @@ def _shapes_to_write(config: JambaConfig, weights: Mapping[str, Tensor]) -> dict
     return shapes
 
 
-def _check_room(folder: Path, needed: int) -> None:
+def check_room(folder: Path, needed: int) -> None:
+    """Refuse to write more than there is room for.
+
+    Raises:
+        CapacityError: the disk of `folder` has too little free space.
+    """
     above = folder.resolve()
     while not above.exists():
         above = above.parent
@@ -318,7 +343,8 @@ def _check_room(folder: Path, needed: int) -> None:
         )
 
 
-def _generation_config(config: JambaConfig) -> dict[str, object]:
+def generation_config(config: JambaConfig) -> dict[str, object]:
+    """Return the content of a `generation_config.json`."""
     stops = list(config.eos_ids)
     ids = {
         "bos_token_id": config.bos_id,

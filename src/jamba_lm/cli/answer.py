@@ -7,11 +7,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from jamba_lm.cli.output import Output
+from jamba_lm.cli.quantities import show_count
 
 if TYPE_CHECKING:
+    from jamba_lm.drafting.lookup import DraftCounts
     from jamba_lm.generation import GeneratedToken
 
 
@@ -74,6 +77,11 @@ class Answer:
             return None
         return (len(self.tokens) - 1) / self.decode_seconds
 
+    @property
+    def drafting(self) -> DraftCounts | None:
+        """What drafting did; None without, and before the first token."""
+        return self.tokens[-1].drafting if self.tokens else None
+
     def timing_line(self) -> str:
         """Say on one line what was read and written, and how fast."""
         read = f"{self.num_prompt_tokens:,} prompt tokens"
@@ -86,6 +94,12 @@ class Answer:
         ]
         if self.decode_tokens_per_second is not None:
             parts[-1] += f" at {self.decode_tokens_per_second:,.1f} tokens/s"
+        if self.drafting is not None:
+            counts = self.drafting
+            parts.append(
+                f"{counts.accepted:,} of {counts.proposed:,} drafted tokens accepted in "
+                f"{show_count(counts.calls, 'call')}"
+            )
         return ", ".join(parts)
 
     def values(self) -> dict[str, Any]:
@@ -102,6 +116,8 @@ class Answer:
                 "decode_tokens_per_second": self.decode_tokens_per_second,
             },
         }
+        if self.drafting is not None:
+            values["drafting"] = asdict(self.drafting)
         if any(token.logprob is not None for token in self.tokens):
             values["logprobs"] = [
                 {

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import platform
 import sys
-import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -16,39 +15,15 @@ from jamba_lm.cli.options import (
     DtypeOption,
     JsonOption,
     ModelArgument,
+    QuantizeOption,
     ThreadsOption,
     open_model,
 )
-from jamba_lm.cli.sampling_options import DEFAULT_PREFILL_TOKENS, PrefillOption
+from jamba_lm.cli.sampling_options import DEFAULT_PREFILL_TOKENS, DraftOption, PrefillOption
 
 if TYPE_CHECKING:
+    from jamba_lm.analysis.workload import Timing, Workload
     from jamba_lm.language_model import LanguageModel
-
-
-@dataclass(frozen=True, slots=True)
-class Workload:
-    """What one repetition does.
-
-    Attributes:
-        num_prompt_tokens: tokens each sequence reads.
-        num_new_tokens: tokens each sequence then writes.
-        batch: sequences at the same time.
-        prefill_tokens: tokens read in one call, all sequences together.
-    """
-
-    num_prompt_tokens: int
-    num_new_tokens: int
-    batch: int
-    prefill_tokens: int
-
-
-@dataclass(frozen=True, slots=True)
-class Timing:
-    """Seconds that one repetition took, and the bytes of its states at the end."""
-
-    prefill_seconds: float
-    decode_seconds: float
-    state_bytes: int
 
 
 def bench(
@@ -58,15 +33,18 @@ def bench(
     batch: Annotated[int, typer.Option(help="Sequences at the same time.")] = 1,
     repeats: Annotated[int, typer.Option(help="Measurements, after one to warm up.")] = 3,
     prefill_tokens: PrefillOption = DEFAULT_PREFILL_TOKENS,
+    draft: DraftOption = None,
     threads: ThreadsOption = None,
     backend: BackendOption = None,
     dtype: DtypeOption = "auto",
+    quantize: QuantizeOption = None,
     json_wanted: JsonOption = False,
 ) -> None:
     """Measure how fast a model reads a prompt and writes an answer.
 
     The prompt is random tokens, and the likeliest token is taken each time: no tokenizer is needed.
     """
+    from jamba_lm.analysis.workload import Workload, run_once
     from jamba_lm.cli.output import Output
     from jamba_lm.errors import InputError
     from jamba_lm.model.layout import draw_layers
@@ -81,8 +59,8 @@ def bench(
         if value < 1:
             raise InputError(f"{name} is {value}: expected at least 1")
     output = Output(json_wanted)
-    workload = Workload(prompt_tokens, new_tokens, batch, prefill_tokens)
-    language_model = open_model(model, dtype, backend, threads)
+    workload = Workload(prompt_tokens, new_tokens, batch, prefill_tokens, draft)
+    language_model = open_model(model, dtype, backend, threads, quantize)
     output.note(draw_layers(language_model.config))
     with output.progress("measuring", repeats + 1, "repetitions") as progress:
         timings = []
@@ -96,46 +74,24 @@ def bench(
             "new_tokens": new_tokens,
             "batch": batch,
             "prefill_tokens": prefill_tokens,
+            "draft": draft,
             "repeats": repeats,
         },
         **summary(workload, timings[1:]),
+        "drafting": None if timings[-1].drafting is None else asdict(timings[-1].drafting),
         "memory": {
             "peak_bytes": peak_bytes(),
-            "weight_bytes": sum(p.nbytes for p in language_model.decoder.parameters()),
+            "weight_bytes": language_model.weight_bytes,
             "state_bytes": timings[-1].state_bytes,
         },
         "machine": describe_machine(),
         "dtype": str(language_model.dtype).removeprefix("torch."),
+        "quantization": None if language_model.scheme is None else language_model.scheme.label,
         "backends": backends(language_model),
     }
     for line in table(values):
         output.line(line)
     output.result(values)
-
-
-def run_once(model: LanguageModel, workload: Workload) -> Timing:
-    """Let fresh sequences read their prompts together, and then write together."""
-    import torch
-
-    draw = torch.Generator().manual_seed(0)
-    prompts = torch.randint(
-        model.config.vocab_size,
-        (workload.batch, workload.num_prompt_tokens),
-        generator=draw,
-    ).tolist()
-    states = [model.new_state() for _ in prompts]
-    piece = max(1, workload.prefill_tokens // workload.batch)
-
-    started = time.perf_counter()
-    for first in range(0, workload.num_prompt_tokens, piece):
-        logits_BV = model.next_logits([ids[first : first + piece] for ids in prompts], states)
-    picked = logits_BV.argmax(dim=-1).tolist()
-    read = time.perf_counter()
-    for _ in range(workload.num_new_tokens):
-        logits_BV = model.next_logits([[token] for token in picked], states)
-        picked = logits_BV.argmax(dim=-1).tolist()
-    written = time.perf_counter()
-    return Timing(read - started, written - read, sum(state.num_bytes for state in states))
 
 
 def summary(workload: Workload, timings: Sequence[Timing]) -> dict[str, Any]:
@@ -193,12 +149,13 @@ def backends(model: LanguageModel) -> dict[str, str]:
 
 def table(values: dict[str, Any]) -> list[str]:
     """Lay the results out for a person."""
-    from jamba_lm.cli.quantities import show_bytes
+    from jamba_lm.cli.quantities import show_bytes, show_count
 
     workload, memory, machine = values["workload"], values["memory"], values["machine"]
     lines = [
-        f"{values['model']}: {values['dtype']}, {machine['threads']} threads, "
-        f"batch {workload['batch']}, {workload['repeats']} repetitions",
+        f"{values['model']}: {values['quantization'] or values['dtype']}, "
+        f"{show_count(machine['threads'], 'thread')}, "
+        f"batch {workload['batch']}, {show_count(workload['repeats'], 'repetition')}",
         f"{'tokens/s':<14}{'median':>12}{'min':>12}{'max':>12}",
     ]
     for name, count in (("prefill", "prompt_tokens"), ("decode", "new_tokens")):
@@ -206,6 +163,13 @@ def table(values: dict[str, Any]) -> list[str]:
         label = f"{name} {workload[count]:,}"
         lines.append(
             f"{label:<14}" + "".join(f"{rates[key]:>12,.1f}" for key in ("median", "min", "max"))
+        )
+    if values["drafting"] is not None:
+        counts = values["drafting"]
+        lines.append(
+            f"{counts['accepted']:,} of {counts['proposed']:,} drafted tokens accepted, "
+            f"{show_count(workload['new_tokens'] * workload['batch'], 'token')} in "
+            f"{show_count(counts['calls'], 'call')}"
         )
     lines.append(
         f"peak memory {show_bytes(memory['peak_bytes'])}, of it weights "

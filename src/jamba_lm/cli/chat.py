@@ -17,6 +17,7 @@ from jamba_lm.cli.options import (
     DtypeOption,
     JsonOption,
     ModelArgument,
+    QuantizeOption,
     ThreadsOption,
     model_folder,
     open_model,
@@ -24,8 +25,7 @@ from jamba_lm.cli.options import (
 from jamba_lm.cli.output import Output
 from jamba_lm.cli.sampling_options import (
     DEFAULT_PREFILL_TOKENS,
-    DEFAULT_TEMPERATURE,
-    DEFAULT_TOP_P,
+    DraftOption,
     FrequencyOption,
     MaxTokensOption,
     MinPOption,
@@ -36,6 +36,7 @@ from jamba_lm.cli.sampling_options import (
     TemperatureOption,
     TopKOption,
     TopPOption,
+    choose_sampling,
 )
 from jamba_lm.errors import InputError, JambaError
 
@@ -72,18 +73,20 @@ def chat(
         ),
     ] = None,
     max_tokens: MaxTokensOption = 512,
-    temperature: TemperatureOption = DEFAULT_TEMPERATURE,
+    temperature: TemperatureOption = None,
     top_k: TopKOption = None,
-    top_p: TopPOption = DEFAULT_TOP_P,
-    min_p: MinPOption = 0.0,
-    repetition_penalty: RepetitionOption = 1.0,
-    presence_penalty: PresenceOption = 0.0,
-    frequency_penalty: FrequencyOption = 0.0,
+    top_p: TopPOption = None,
+    min_p: MinPOption = None,
+    repetition_penalty: RepetitionOption = None,
+    presence_penalty: PresenceOption = None,
+    frequency_penalty: FrequencyOption = None,
     seed: SeedOption = None,
+    draft: DraftOption = None,
     prefill_tokens: PrefillOption = DEFAULT_PREFILL_TOKENS,
     threads: ThreadsOption = None,
     backend: BackendOption = None,
     dtype: DtypeOption = "auto",
+    quantize: QuantizeOption = None,
     json_wanted: JsonOption = False,
 ) -> None:
     """Talk with a model. Each turn reads only what is new; /help lists what you can do.
@@ -92,10 +95,11 @@ def chat(
     """
     from jamba_lm.cli.conversation import Conversation
     from jamba_lm.model.layout import draw_layers
-    from jamba_lm.sampling import Sampling, fresh_seed
     from jamba_lm.text.tokenizer import load_tokenizer
 
-    sampling = Sampling(
+    folder = model_folder(model)
+    chosen = choose_sampling(
+        folder,
         temperature=temperature,
         top_k=top_k,
         top_p=top_p,
@@ -103,15 +107,15 @@ def chat(
         repetition_penalty=repetition_penalty,
         presence_penalty=presence_penalty,
         frequency_penalty=frequency_penalty,
-        seed=fresh_seed() if seed is None else seed,
+        seed=seed,
     )
     if load is not None and system is not None:
         raise InputError("--load and --system are both given: a kept conversation has its own")
     output = Output(json_wanted)
-    tokenizer = load_tokenizer(model_folder(model))
-    language_model = open_model(model, dtype, backend, threads)
+    tokenizer = load_tokenizer(folder)
+    language_model = open_model(model, dtype, backend, threads, quantize)
     conversation = Conversation(
-        language_model, tokenizer, system=system, prefill_tokens=prefill_tokens
+        language_model, tokenizer, system=system, draft=draft, prefill_tokens=prefill_tokens
     )
     output.note(draw_layers(language_model.config))
     if not conversation.has_template:
@@ -119,7 +123,7 @@ def chat(
             "This model has no chat template: it only continues texts. What you type is put on a "
             "new line, and the model goes on from there."
         )
-    session = Session(conversation, output, sampling, max_tokens)
+    session = Session(conversation, output, chosen.sampling, max_tokens)
     if load is not None:
         session.load(str(load))
     if sys.stdin.isatty():
@@ -129,7 +133,8 @@ def chat(
         {
             "model": model,
             "has_chat_template": conversation.has_template,
-            "seed": sampling.seed,
+            "seed": chosen.sampling.seed,
+            "sampling": chosen.values(),
             "messages": conversation.messages,
             "answers": [answer.values() for answer in session.answers],
         }

@@ -70,9 +70,17 @@ class Conversation:
         tokenizer: Tokenizer,
         *,
         system: str | None = None,
+        draft: str | None = None,
         prefill_tokens: int = PREFILL_TOKENS,
     ) -> None:
         """Begin a conversation in which nothing was said, but for the system message if any.
+
+        Args:
+            model: answers.
+            tokenizer: that of the model.
+            system: the system message, or None.
+            draft: how answers are drafted, as in `generation.Request`.
+            prefill_tokens: how much is read at once.
 
         Raises:
             InputError: a system message was given to a model without a chat template.
@@ -88,6 +96,7 @@ class Conversation:
         self.num_read = 0
         self._model = model
         self._tokenizer = tokenizer
+        self._draft = draft
         self._prefill_tokens = prefill_tokens
         self._script: Script = (
             ChatScript(tokenizer) if self.has_template else PlainScript(tokenizer)
@@ -196,12 +205,14 @@ class Conversation:
             sampling=sampling,
             stop_ids=self._tokenizer.eos_ids,
             state=self._state,
+            draft=self._draft,
             tokenizer=self._tokenizer,
         )
         return self._heard(tokens)
 
     def _heard(self, tokens: Iterator[GeneratedToken]) -> Iterator[GeneratedToken]:
         answer = {"role": "assistant", "content": ""}
+        whole = [*self._state.ids, *self._unread]
         for token in tokens:
             if self._said is None:
                 self._said = ""
@@ -209,7 +220,10 @@ class Conversation:
             self._said += token.text
             answer["content"] = self._said
             # What ends an answer is written by the template, in front of the next question.
-            self._unread = () if token.finish_reason == "stop_id" else (token.id,)
+            if token.finish_reason != "stop_id":
+                whole.append(token.id)
+            # One token as a rule. With drafts the state may lag behind what was given out.
+            self._unread = tuple(whole[self._state.num_tokens :])
             yield token
 
     def _here(self) -> Point:
@@ -241,6 +255,10 @@ class Conversation:
         Raises:
             InputError: the folder cannot be written.
         """
+        if self._unread[:-1]:
+            # The answer was stopped within a draft. A kept state lacks one token at most.
+            read_ids(self._model, self._unread[:-1], self._state)
+            self._unread = self._unread[-1:]
         save_conversation(
             folder,
             SavedConversation(

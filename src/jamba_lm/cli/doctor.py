@@ -1,4 +1,7 @@
-"""`jamba doctor`: which kernels serve each operation on this machine, and why not the others."""
+"""`jamba doctor`: which kernels serve each operation on this machine, and how fast it is.
+
+Measuring is asked for: it takes seconds, and means nothing while other work keeps the machine busy.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,9 @@ import platform
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
 
 from jamba_lm import __version__
 from jamba_lm.analysis.machine import usable_memory
@@ -14,6 +19,14 @@ from jamba_lm.analysis.processor import Processor, this_processor
 from jamba_lm.cli.options import JsonOption
 from jamba_lm.cli.output import Output
 from jamba_lm.cli.quantities import show_bytes
+from jamba_lm.cli.shapes import open_shape
+from jamba_lm.cli.speed import (
+    describe_prediction,
+    describe_speeds,
+    predict_speed,
+    prediction_values,
+    speeds_values,
+)
 
 if TYPE_CHECKING:
     from jamba_lm.kernels.report import LibraryReport, Serving
@@ -42,13 +55,48 @@ class Findings:
     servings: list[Serving]
 
 
-def doctor(json: JsonOption = False) -> None:
+def doctor(
+    model: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="[MODEL_OR_PRESET]",
+            help="Predict how fast this model is here: a checkpoint folder, a config.json or the "
+            "name of a preset. Measures.",
+            show_default=False,
+        ),
+    ] = None,
+    measure: Annotated[
+        bool,
+        typer.Option("--measure", help="Measure what memory and processor can do: a few seconds."),
+    ] = False,
+    weights: Annotated[
+        str, typer.Option(help="How the weights of MODEL_OR_PRESET are kept, as in `jamba plan`.")
+    ] = "bf16",
+    json: JsonOption = False,
+) -> None:
     """Say which back-end serves each operation here, how, and why not the others."""
+    config = None if model is None else open_shape(model, None)[0]
     findings = examine()
     output = Output(json)
     for line in describe(findings):
         output.line(line)
-    output.result(as_values(findings))
+    values = as_values(findings)
+    if config is not None:
+        output.line()
+        output.line(f"{model}, {weights}: what `jamba bench` will measure, from a few layers")
+        prediction = predict_speed(config, weights, batch=1)
+        for line in (*describe_speeds(prediction.speeds), *describe_prediction(prediction)):
+            output.line(line)
+        values["prediction"] = {"model": model, "format": weights, **prediction_values(prediction)}
+    elif measure:
+        from jamba_lm.analysis.machine_speed import measure_speeds
+
+        speeds = measure_speeds()
+        output.line()
+        for line in describe_speeds(speeds):
+            output.line(line)
+        values["measured"] = speeds_values(speeds)
+    output.result(values)
 
 
 def examine() -> Findings:

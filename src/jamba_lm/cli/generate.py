@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -14,14 +13,14 @@ from jamba_lm.cli.options import (
     DtypeOption,
     JsonOption,
     ModelArgument,
+    QuantizeOption,
     ThreadsOption,
     model_folder,
     open_model,
 )
 from jamba_lm.cli.sampling_options import (
     DEFAULT_PREFILL_TOKENS,
-    DEFAULT_TEMPERATURE,
-    DEFAULT_TOP_P,
+    DraftOption,
     FrequencyOption,
     MaxTokensOption,
     MinPOption,
@@ -33,6 +32,7 @@ from jamba_lm.cli.sampling_options import (
     TemperatureOption,
     TopKOption,
     TopPOption,
+    choose_sampling,
 )
 
 STATUS_INTERRUPTED = 130
@@ -55,16 +55,25 @@ def generate(
             show_default=False,
         ),
     ] = None,
+    chat: Annotated[
+        bool,
+        typer.Option("--chat", help="Put the prompt to the model as a user, by its chat template."),
+    ] = False,
+    system: Annotated[
+        str | None,
+        typer.Option(help="With --chat, what the model is told before.", show_default=False),
+    ] = None,
     max_tokens: MaxTokensOption = 128,
-    temperature: TemperatureOption = DEFAULT_TEMPERATURE,
+    temperature: TemperatureOption = None,
     top_k: TopKOption = None,
-    top_p: TopPOption = DEFAULT_TOP_P,
-    min_p: MinPOption = 0.0,
-    repetition_penalty: RepetitionOption = 1.0,
-    presence_penalty: PresenceOption = 0.0,
-    frequency_penalty: FrequencyOption = 0.0,
+    top_p: TopPOption = None,
+    min_p: MinPOption = None,
+    repetition_penalty: RepetitionOption = None,
+    presence_penalty: PresenceOption = None,
+    frequency_penalty: FrequencyOption = None,
     seed: SeedOption = None,
     stop: StopOption = None,
+    draft: DraftOption = None,
     logprobs: Annotated[
         int | None,
         typer.Option(
@@ -80,6 +89,7 @@ def generate(
     threads: ThreadsOption = None,
     backend: BackendOption = None,
     dtype: DtypeOption = "auto",
+    quantize: QuantizeOption = None,
     json_wanted: JsonOption = False,
 ) -> None:
     """Continue a text, printing it as it is generated.
@@ -93,12 +103,15 @@ def generate(
     from jamba_lm.errors import InputError
     from jamba_lm.generation import generate as generate_tokens
     from jamba_lm.model.layout import draw_layers
-    from jamba_lm.sampling import Sampling, fresh_seed
     from jamba_lm.text.tokenizer import load_tokenizer
 
     if logprobs is not None and not json_wanted:
         raise InputError("--logprobs needs --json, which has the room for them")
-    sampling = Sampling(
+    if system is not None and not chat:
+        raise InputError("--system needs --chat: without it there is only a text to continue")
+    folder = model_folder(model)
+    chosen = choose_sampling(
+        folder,
         temperature=temperature,
         top_k=top_k,
         top_p=top_p,
@@ -108,16 +121,17 @@ def generate(
         frequency_penalty=frequency_penalty,
         seed=seed,
     )
-    if sampling.seed is None:
-        sampling = replace(sampling, seed=fresh_seed())
     text = read_prompt(prompt, prompt_file)
     output = Output(json_wanted)
 
     started = time.perf_counter()
-    tokenizer = load_tokenizer(model_folder(model))
-    language_model = open_model(model, dtype, backend, threads)
+    tokenizer = load_tokenizer(folder)
+    language_model = open_model(model, dtype, backend, threads, quantize)
     load_seconds = time.perf_counter() - started
-    prompt_ids = tokenizer.encode(text)
+    said = [{"role": "user", "content": text}]
+    if system is not None:
+        said.insert(0, {"role": "system", "content": system})
+    prompt_ids = tokenizer.chat_ids(said) if chat else tokenizer.encode(text)
     if not prompt_ids:
         if tokenizer.bos_id is None:
             raise InputError("the prompt is empty, and this tokenizer has no BOS to start from")
@@ -129,10 +143,11 @@ def generate(
             language_model,
             prompt_ids,
             max_new_tokens=max_tokens,
-            sampling=sampling,
+            sampling=chosen.sampling,
             stop_ids=tokenizer.eos_ids,
             stop_strings=stop or (),
             num_logprobs=logprobs,
+            draft=draft,
             tokenizer=tokenizer,
             prefill_tokens=prefill_tokens,
             on_prefill=lambda done, _: progress.update(done),
@@ -146,14 +161,16 @@ def generate(
             # What was written is the answer then; the exit status tells that it was cut short.
             progress.clear()
     output.end_line()
-    output.note(f"{answer.timing_line()}, seed {sampling.seed}")
+    output.note(f"{answer.timing_line()}, seed {chosen.sampling.seed}")
     output.result(
         {
             "model": model,
             "layers": layers,
             "prompt": text,
+            "messages": said if chat else None,
             "prompt_ids": prompt_ids,
-            "seed": sampling.seed,
+            "seed": chosen.sampling.seed,
+            "sampling": chosen.values(),
             "load_seconds": load_seconds,
             **answer.values(),
         }

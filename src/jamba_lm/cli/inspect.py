@@ -5,10 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from jamba_lm.analysis.memory import ParameterCounts, parameter_counts
+from jamba_lm.analysis.memory import (
+    ParameterCounts,
+    parameter_counts,
+    weight_bytes,
+    weight_format,
+)
 from jamba_lm.cli.options import JsonOption
 from jamba_lm.cli.output import Output
-from jamba_lm.cli.shapes import SetOption, ShapeArgument, open_shape
+from jamba_lm.cli.shapes import SetOption, ShapeArgument, open_shape, stored_format
 from jamba_lm.config import JambaConfig
 from jamba_lm.model.layout import draw_layer, draw_layers, plan_layers
 
@@ -26,9 +31,13 @@ def inspect(model: ShapeArgument, sets: SetOption = None, json: JsonOption = Fal
     output.line(model)
     for line in describe(config, counts):
         output.line(line)
+    form = stored_format(model)
+    if form is not None:
+        kept = f"{weight_format(form).description}, {weight_bytes(config, form):,} bytes"
+        output.line(f"  weights: {kept}")
     if without_effect:
         output.note(f"without effect (--json says why): {', '.join(without_effect)}")
-    output.result(as_values(model, config, counts, without_effect))
+    output.result({**as_values(model, config, counts, without_effect), "quantization": form})
 
 
 def describe(config: JambaConfig, counts: ParameterCounts) -> Iterator[str]:

@@ -16,11 +16,13 @@ import typer
 from jamba_lm import __version__
 from jamba_lm.cli.bench import bench
 from jamba_lm.cli.chat import chat
+from jamba_lm.cli.convert import convert
 from jamba_lm.cli.doctor import doctor
 from jamba_lm.cli.generate import generate
 from jamba_lm.cli.init import init
 from jamba_lm.cli.inspect import inspect
 from jamba_lm.cli.plan import plan
+from jamba_lm.cli.quantize import quantize
 from jamba_lm.cli.score import score
 from jamba_lm.cli.tokenizer import app as tokenizer_app
 from jamba_lm.cli.train import train
@@ -63,6 +65,8 @@ app.command()(inspect)
 app.command()(plan)
 app.command()(doctor)
 app.command()(init)
+app.command()(convert)
+app.command()(quantize)
 app.add_typer(tokenizer_app, name="tokenizer")
 app.command()(generate)
 app.command()(chat)

@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from jamba_lm.errors import InputError
+from jamba_lm.config_json import shown
+from jamba_lm.errors import CheckpointError, InputError
+from jamba_lm.files import path_kind
 
 if TYPE_CHECKING:
     from jamba_lm.language_model import LanguageModel
@@ -22,7 +24,7 @@ ModelArgument = Annotated[
     str,
     typer.Argument(
         metavar="MODEL",
-        help=f"A checkpoint folder, or '{EMBEDDED}' for the small model inside the package.",
+        help=f"A checkpoint folder, a .gguf file, or '{EMBEDDED}', the small model in the package.",
         show_default=False,
     ),
 ]
@@ -46,14 +48,39 @@ DtypeOption = Annotated[
     typer.Option(help="Type of the weights: auto keeps the file's; fp32, bf16, fp16."),
 ]
 
+QuantizeOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="SCHEME",
+        help="Pack the weights while they are read: experts-int8, int8 or int4. "
+        "`jamba quantize` does it once for all.",
+        show_default=False,
+    ),
+]
 
-def model_folder(model: str) -> Path:
-    """Return the folder that MODEL names."""
-    if model != EMBEDDED:
-        return Path(model)
+
+def named_path(name: str) -> Path:
+    """Return the path that MODEL or TOKENIZER names, whether or not something is there."""
+    if name != EMBEDDED:
+        return Path(name)
     from jamba_lm.language_model import embedded_model_path
 
     return embedded_model_path()
+
+
+def model_folder(model: str) -> Path:
+    """Return the folder that MODEL names.
+
+    Raises:
+        CheckpointError: there is nothing.
+    """
+    folder = named_path(model)
+    if path_kind(folder) == "missing":
+        raise CheckpointError(
+            f"no model at {shown(model)}: expected a checkpoint folder, a .gguf file, or "
+            f"'{EMBEDDED}' for the small model inside the package"
+        )
+    return folder
 
 
 def use_threads(threads: int | None) -> None:
@@ -71,9 +98,15 @@ def use_threads(threads: int | None) -> None:
     torch.set_num_threads(threads)
 
 
-def open_model(model: str, dtype: str, backend: str | None, threads: int | None) -> LanguageModel:
+def open_model(
+    model: str,
+    dtype: str,
+    backend: str | None,
+    threads: int | None,
+    quantize: str | None = None,
+) -> LanguageModel:
     """Load the model that MODEL names, to compute as the shared options say."""
     from jamba_lm.language_model import load
 
     use_threads(threads)
-    return load(model_folder(model), dtype=dtype, backend=backend)
+    return load(model_folder(model), dtype=dtype, backend=backend, quantize=quantize)

@@ -21,7 +21,13 @@ from jamba_lm.analysis.memory import (
 from jamba_lm.cli.options import JsonOption
 from jamba_lm.cli.output import Output
 from jamba_lm.cli.quantities import parse_bytes, parse_tokens, show_bytes
-from jamba_lm.cli.shapes import SetOption, ShapeArgument, open_shape
+from jamba_lm.cli.shapes import SetOption, ShapeArgument, open_shape, stored_format
+from jamba_lm.cli.speed import (
+    describe_prediction,
+    describe_speeds,
+    predict_speed,
+    prediction_values,
+)
 from jamba_lm.errors import InputError
 
 WHOLE_PROMPT = "all"
@@ -68,8 +74,13 @@ def plan(
     ] = None,
     batch: Annotated[int, typer.Option(help="Sequences at the same time.")] = 1,
     weights: Annotated[
-        str, typer.Option(help=f"How weights are kept: {', '.join(WEIGHT_FORMATS)}.")
-    ] = "bf16",
+        str | None,
+        typer.Option(
+            help=f"How weights are kept: {', '.join(WEIGHT_FORMATS)}. As a quantised folder has "
+            "them, or bf16, when left out.",
+            show_default=False,
+        ),
+    ] = None,
     memory: Annotated[
         str | None,
         typer.Option(
@@ -87,16 +98,25 @@ def plan(
             show_default=False,
         ),
     ] = None,
+    this_machine: Annotated[
+        bool,
+        typer.Option(
+            "--this-machine",
+            help="Predict how fast the model reads and writes here, from a few of its layers: "
+            "takes some seconds.",
+        ),
+    ] = False,
     sets: SetOption = None,
     json: JsonOption = False,
 ) -> None:
-    """Say how much memory a model takes, and whether it fits.
+    """Say how much memory a model takes, whether it fits, and how fast it will be.
 
     Weights, key/value cache and Mamba states are exact, but for the room that a cache may keep
     free for its next tokens (at most 4,096 of a sequence). Activations are an estimate, and are
     added only with --chunk.
     """
     config, _ = open_shape(model, sets)
+    weights = (stored_format(model) or "bf16") if weights is None else weights
     question = Question(
         context=config.context_length if context is None else parse_tokens(context, "--context"),
         batch=_batch(batch),
@@ -117,7 +137,14 @@ def plan(
             f"the model was made for {config.context_length:,} tokens; nothing stops a longer "
             "context, but its quality is unknown"
         )
-    output.result(as_values(model, question, answer, room))
+    values = as_values(model, question, answer, room)
+    if this_machine:
+        prediction = predict_speed(config, weights, question.batch)
+        output.line()
+        for line in (*describe_speeds(prediction.speeds), *describe_prediction(prediction)):
+            output.line(f"  {line}")
+        values["prediction"] = prediction_values(prediction)
+    output.result(values)
 
 
 def _batch(batch: int) -> int:

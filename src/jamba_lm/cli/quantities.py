@@ -66,3 +66,12 @@ def show_bytes(count: int) -> str:
             break
         size, unit = size / 1024, larger
     return f"{count} B" if unit == "B" else f"{size:.2f} {unit}"
+
+
+def show_count(count: int, noun: str) -> str:
+    """Write how many there are of something whose plural ends in s.
+
+    >>> show_count(1, "thread"), show_count(1200, "thread")
+    ('1 thread', '1,200 threads')
+    """
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"

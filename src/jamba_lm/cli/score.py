@@ -13,6 +13,7 @@ from jamba_lm.cli.options import (
     DtypeOption,
     JsonOption,
     ModelArgument,
+    QuantizeOption,
     ThreadsOption,
     model_folder,
     open_model,
@@ -37,6 +38,7 @@ def score(
     threads: ThreadsOption = None,
     backend: BackendOption = None,
     dtype: DtypeOption = "auto",
+    quantize: QuantizeOption = None,
     json_wanted: JsonOption = False,
 ) -> None:
     """Say how well a model predicts a text: loss per token and bits per byte.
@@ -50,7 +52,7 @@ def score(
     output = Output(json_wanted)
     num_bytes = count_text_bytes(file)
     tokenizer = load_tokenizer(model_folder(model))
-    language_model = open_model(model, dtype, backend, threads)
+    language_model = open_model(model, dtype, backend, threads, quantize)
     started = time.perf_counter()
     with output.progress("scoring", num_bytes, "bytes") as progress:
 

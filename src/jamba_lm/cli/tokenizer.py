@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from jamba_lm.cli.options import JsonOption, model_folder
+from jamba_lm.cli.options import JsonOption, named_path
 from jamba_lm.cli.output import Output
 from jamba_lm.cli.prompt import LIMIT_BYTES
 from jamba_lm.errors import InputError
@@ -136,7 +136,7 @@ def encode(
     from jamba_lm.text.tokenizer import load_tokenizer
 
     output = Output(json_wanted)
-    loaded = load_tokenizer(model_folder(tokenizer))
+    loaded = load_tokenizer(named_path(tokenizer))
     ids = loaded.encode(_given(text), add_bos=bos, allow_special=special)
     names = [loaded.token_name(one) or "" for one in ids]
     output.line(" ".join(map(str, ids)))
@@ -162,7 +162,7 @@ def decode(
     from jamba_lm.text.tokenizer import load_tokenizer
 
     output = Output(json_wanted)
-    loaded = load_tokenizer(model_folder(tokenizer))
+    loaded = load_tokenizer(named_path(tokenizer))
     if ids is None:
         words = _given(None).split()
         for word in words:
@@ -191,7 +191,7 @@ def report(
     from jamba_lm.text.tokenizer_report import measure_text
 
     output = Output(json_wanted)
-    loaded = load_tokenizer(model_folder(tokenizer))
+    loaded = load_tokenizer(named_path(tokenizer))
     measure = measure_text(loaded, _pieces(files, field))
     eos = ", ".join(f"{one} {loaded.token_name(one) or '?'}" for one in loaded.eos_ids) or "none"
     bos = "none" if loaded.bos_id is None else f"{loaded.bos_id} {loaded.token_name(loaded.bos_id)}"

@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from jamba_lm.continuation import require_ids
 from jamba_lm.errors import DataError, InputError
-from jamba_lm.generation import require_ids
 from jamba_lm.language_model import LanguageModel
 from jamba_lm.text.tokenizer import Tokenizer
 

@@ -1,6 +1,6 @@
 """The shared library of CPU kernels: where it is, whether it fits, which instruction sets it has.
 
-It knows no operation; `native_scan`, `native_conv` and `native_rows` call the functions it loads.
+It knows no operation; the files named `native_*` call the functions it loads.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from jamba_lm.errors import BackendUnavailable
 LIBRARY_PATH = Path(__file__).with_name("libjamba_kernels.so")
 
 # JAMBA_ABI_VERSION of native/jamba_kernels.h: raised with every change of a struct or a function.
-ABI_VERSION = 2
+ABI_VERSION = 3
 
 _FUNCTIONS = (
     "jamba_selective_scan",
@@ -29,6 +29,9 @@ _FUNCTIONS = (
     "jamba_norm_backward",
     "jamba_gate",
     "jamba_gate_backward",
+    "jamba_product",
+    "jamba_unpack",
+    "jamba_step",
 )
 
 # What the functions return, other than 0: the JAMBA_* statuses of native/jamba_kernels.h.

@@ -11,6 +11,7 @@ from torch import Tensor
 from jamba_lm.kernels.fused_attention import attention
 from jamba_lm.kernels.library import find_library, loaded_library
 from jamba_lm.kernels.native_conv import causal_conv
+from jamba_lm.kernels.native_products import packed_linear
 from jamba_lm.kernels.native_rows import rms_norm, silu_gate
 from jamba_lm.kernels.native_scan import selective_scan
 
@@ -19,13 +20,16 @@ __all__ = [
     "attention",
     "causal_conv",
     "method",
+    "packed_linear",
     "rms_norm",
     "selective_scan",
     "silu_gate",
     "why_not",
 ]
 
-OPERATIONS = frozenset({"causal_conv", "selective_scan", "attention", "rms_norm", "silu_gate"})
+OPERATIONS = frozenset(
+    {"causal_conv", "selective_scan", "attention", "rms_norm", "silu_gate", "packed_linear"}
+)
 
 _DTYPES = (torch.float32, torch.bfloat16)
 

@@ -3,7 +3,8 @@
 It knows no arithmetic: `reference` defines every operation, the other back-ends are faster.
 
 Dimension key: M rows of all sequences laid end to end, B sequences, C Mamba channels,
-N Mamba state size, W convolution taps, L = W - 1, H query heads, P width of one head.
+N Mamba state size, W convolution taps, L = W - 1, H query heads, P width of one head, I inputs and
+O outputs of a matrix.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from torch import Tensor
 
 from jamba_lm.errors import BackendUnavailable
 from jamba_lm.kernels import native, reference
+from jamba_lm.kernels.packed_weights import PackedWeight
 
 # Fastest first. Each module has the operations it lists in OPERATIONS, and `why_not`.
 BACKENDS: dict[str, ModuleType] = {"native": native, "reference": reference}
@@ -179,3 +181,22 @@ def silu_gate(x: Tensor, gate: Tensor, *, backend: str | None = None) -> Tensor:
     """Multiply `x` by silu(gate); see `reference.silu_gate` for the definition."""
     module = choose("silu_gate", x, gate, backend=backend)
     return module.silu_gate(x, gate)
+
+
+def packed_linear(
+    x_MI: Tensor,
+    weight: PackedWeight,
+    bias_O: Tensor | None = None,
+    *,
+    backend: str | None = None,
+) -> Tensor:
+    """Multiply by a packed matrix; see `reference.packed_linear` for the definition."""
+    outputs, inputs = weight.shape
+    _check_shapes("packed_linear", ((x_MI.shape[0], inputs), (outputs,)), x_MI=x_MI, bias_O=bias_O)
+    if weight.device != x_MI.device:
+        raise ValueError(
+            f"packed_linear: the weight is on {weight.device}, the input on {x_MI.device}"
+        )
+    # The types of the weight's own tensors are its class's promise: only the others are asked.
+    module = choose("packed_linear", x_MI, bias_O, backend=backend)
+    return module.packed_linear(x_MI, weight, bias_O)

@@ -4,7 +4,7 @@ It knows nothing of speed beyond not being wasteful; autograd differentiates it,
 
 Dimension key: M rows of all sequences laid end to end, B sequences, T tokens of one sequence,
 S tokens remembered plus T, C Mamba channels, N Mamba state size, W convolution taps, L = W - 1,
-H query heads, G key/value heads, P width of one head.
+H query heads, G key/value heads, P width of one head, I inputs and O outputs of a matrix.
 """
 
 from __future__ import annotations
@@ -16,7 +16,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-OPERATIONS = frozenset({"causal_conv", "selective_scan", "attention", "rms_norm", "silu_gate"})
+from jamba_lm.kernels.packed_weights import PackedWeight, row_blocks
+
+OPERATIONS = frozenset(
+    {"causal_conv", "selective_scan", "attention", "rms_norm", "silu_gate", "packed_linear"}
+)
 
 # Attention scores, heads x queries x keys, are never more than this at once: 16 MiB.
 SCORES = 1 << 22
@@ -229,3 +233,31 @@ def silu_gate(x: Tensor, gate: Tensor) -> Tensor:
     """
     wide = torch.promote_types(x.dtype, torch.float32)
     return (x.to(wide) * F.silu(gate.to(wide))).to(x.dtype)
+
+
+def packed_linear(x_MI: Tensor, weight: PackedWeight, bias_O: Tensor | None = None) -> Tensor:
+    """Multiply by the transpose of a packed matrix, and add a bias.
+
+        y = x W^T + bias, with W as `weight.dequantize()` gives it
+
+    The matrix is turned into float32 a block of rows at a time, products and sums are float32, and
+    the result is rounded once. Activations are not rounded to integers.
+
+    Args:
+        x_MI: any float dtype.
+        weight: the matrix of I inputs and O outputs.
+        bias_O: any float dtype; none when None.
+
+    Returns:
+        y_MO in the dtype of `x_MI`.
+    """
+    wide = torch.promote_types(x_MI.dtype, torch.float32)
+    x_wide = x_MI.to(wide)
+    parts = [
+        x_wide @ weight.rows(first, end).dequantize(wide).t()
+        for first, end in row_blocks(*weight.shape)
+    ]
+    y_MO = torch.cat(parts, dim=-1)
+    if bias_O is not None:
+        y_MO = y_MO + bias_O.to(wide)
+    return y_MO.to(x_MI.dtype)

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -83,6 +84,14 @@ class Batch:
         """List the (first, past last) row of each sequence."""
         ends = list(accumulate(self.lengths))
         return list(zip([0, *ends], ends, strict=False))
+
+    def numbers_of(self, rows: Literal["all", "last"] | Tensor) -> list[int]:
+        """List which of the M rows are meant by "all", "last" or a tensor of row numbers."""
+        if isinstance(rows, Tensor):
+            return rows.tolist()
+        if rows == "all":
+            return list(range(self.num_rows))
+        return [end - 1 for end in accumulate(self.lengths)]
 
     def positions(self) -> Tensor:
         """Return each row's position in its own sequence, int64 of shape [M], on the CPU."""

@@ -79,6 +79,21 @@ class KeyValueState:
             self.num_tokens += count
             done += count
 
+    def reserve(self, num_tokens: int) -> None:
+        """Remember T more tokens that the caller is about to write, side by side.
+
+        They are the last rows of the last of `key_blocks` and `value_blocks`. Not for tensors that
+        need gradients.
+        """
+        block = self._last
+        if block is not None and len(block.keys_SGP) - self._num_in_last < num_tokens:
+            # The few rows that stay empty are cheaper than writing in two places.
+            self._seal()
+        block = self._writable_block(num_tokens)
+        block.num_written = self._num_in_last + num_tokens
+        self._num_in_last += num_tokens
+        self.num_tokens += num_tokens
+
     def _writable_block(self, num_coming: int) -> _Block:
         block = self._last
         if block is not None and block.num_written == self._num_in_last < len(block.keys_SGP):
@@ -122,6 +137,13 @@ class KeyValueState:
     def _take(self, other: KeyValueState) -> None:
         self._full, self._last = other._full, other._last
         self._num_in_last, self.num_tokens = other._num_in_last, other.num_tokens
+
+    def _take_room_of(self, other: KeyValueState) -> None:
+        # Whoever writes behind this state's last token first is the only one to: if the other did,
+        # what is there is its own.
+        block, mine = self._last, self._num_in_last
+        if block is not None and any(block is one and n > mine for one, n in other._parts()):
+            block.num_written = mine
 
     def tensors(self) -> dict[str, Tensor]:
         """Return what to save: all keys and all values, [S, G, P]."""
@@ -268,9 +290,32 @@ class SequenceState:
         self.move_to(past.fork(), [])
         self._log = past._log
 
+    def take_over(self, ahead: SequenceState) -> None:
+        """Go on where `ahead` is, a fork of this state that has read more."""
+        self.layers, self._log = ahead.layers, ahead._log
+        ahead.layers = []
+
+    def discard(self, ahead: SequenceState) -> None:
+        """Throw away a fork of this state that has read more, and of which no fork is kept.
+
+        What it wrote in shared blocks will be written over. Without this, the next tokens would
+        open a block, and a list of ids, of their own beside what nobody reads any more.
+        """
+        for layer, other in zip(self.layers, ahead.layers, strict=True):
+            if isinstance(layer, KeyValueState) and isinstance(other, KeyValueState):
+                layer._take_room_of(other)
+        log = self._log
+        if ahead._log.ids is log.ids and ahead.num_tokens > log.num_tokens:
+            del log.ids[log.num_tokens :]
+        ahead.layers = []
+
     def move_to(self, after: SequenceState, ids: Sequence[int]) -> None:
         """Take over the memory of `after`, which has read `ids` more than this state."""
-        self.layers = after.layers
+        self.advance(after.layers, ids)
+
+    def advance(self, layers: Sequence[LayerState], ids: Sequence[int]) -> None:
+        """Go on with `layers`, which have read `ids` more than this state's own."""
+        self.layers = list(layers)
         self._log = self._log.followed_by(ids)
 
     def save(self, path: str | Path) -> None:

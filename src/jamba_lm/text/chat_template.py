@@ -85,13 +85,11 @@ class ChatTemplate:
         return self.programs[name].run(values, now)
 
 
-def read_chat_template(
-    folder: Path, settings: Mapping[str, Any], names: Mapping[str, str]
-) -> ChatTemplate | None:
+def template_sources(folder: Path, settings: Mapping[str, Any]) -> dict[str, str]:
     """Find the chat templates of a folder: chat_template.jinja, or else tokenizer_config.json.
 
     Raises:
-        TokenizerError: a template is unreadable or malformed.
+        TokenizerError: one is unreadable, or not a text.
     """
     sources: dict[str, str] = {}
     value = settings.get("chat_template")
@@ -117,6 +115,15 @@ def read_chat_template(
     for name, path in paths.items():
         if path_kind(path) != "missing":
             sources[name] = _read_source(path)
+    return sources
+
+
+def compile_templates(sources: Mapping[str, str], names: Mapping[str, str]) -> ChatTemplate | None:
+    """Make the chat templates of these texts; None when there are none.
+
+    Raises:
+        TokenizerError: a template is malformed.
+    """
     if not sources:
         return None
     return ChatTemplate({n: BoundedTemplate.compile(s) for n, s in sources.items()}, names)

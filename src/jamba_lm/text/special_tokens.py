@@ -52,16 +52,29 @@ def read_special_tokens(folder: Path, file: TokenizerFile) -> SpecialTokens:
     Raises:
         TokenizerError: a file is malformed, or names a token that the vocabulary lacks.
     """
-    files = {
-        name: {}
-        if path_kind(folder / name) == "missing"
-        else read_json(folder / name, what, TokenizerError)
-        for name, what in (
-            (SETTINGS, "tokenizer settings"),
-            (GENERATION, "generation settings"),
-            (MODEL, "model configuration"),
-        )
-    }
+    return find_special_tokens(
+        {
+            name: {}
+            if path_kind(folder / name) == "missing"
+            else read_json(folder / name, what, TokenizerError)
+            for name, what in (
+                (SETTINGS, "tokenizer settings"),
+                (GENERATION, "generation settings"),
+                (MODEL, "model configuration"),
+            )
+        },
+        file,
+    )
+
+
+def find_special_tokens(
+    files: Mapping[str, Mapping[str, Any]], file: TokenizerFile
+) -> SpecialTokens:
+    """Find them in the contents of the three files, by file name; {} for one that is not there.
+
+    Raises:
+        TokenizerError: a file is malformed, or names a token that the vocabulary lacks.
+    """
     settings = files[SETTINGS]
     names = {
         key: name

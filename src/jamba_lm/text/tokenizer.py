@@ -17,21 +17,32 @@ from typing import Any
 
 from jamba_lm.errors import InputError, TokenizerError
 from jamba_lm.files import path_kind
+from jamba_lm.gguf_file import is_gguf
 from jamba_lm.text.chat_template import (
     ChatTemplate,
     Message,
     check_messages,
+    compile_templates,
     plain_data,
-    read_chat_template,
+    template_sources,
 )
 from jamba_lm.text.control_tokens import TAG, AddedTokenFinder, unused_mark
 from jamba_lm.text.decoding import TextStream as TextStream
-from jamba_lm.text.special_tokens import SpecialTokens, read_special_tokens
+from jamba_lm.text.gguf_tokenizer import open_documents
+from jamba_lm.text.special_tokens import (
+    GENERATION,
+    MODEL,
+    SETTINGS,
+    SpecialTokens,
+    find_special_tokens,
+    read_special_tokens,
+)
 from jamba_lm.text.tokenizer_file import (
     AddedToken,
     TokenizerFile,
     library_errors,
     read_tokenizer_file,
+    understand,
 )
 
 logger = logging.getLogger(__name__)
@@ -287,15 +298,18 @@ def _check_characters(text: str) -> None:
 
 
 def load_tokenizer(path: str | PathLike[str]) -> Tokenizer:
-    """Load the tokenizer of a checkpoint folder, or a tokenizer.json with the files beside it.
+    """Load the tokenizer of a checkpoint folder, of a GGUF file, or a tokenizer.json.
 
     Reads tokenizer.json, and as far as they are there tokenizer_config.json,
-    generation_config.json, config.json and chat_template.jinja.
+    generation_config.json, config.json and chat_template.jinja beside it.
 
     Raises:
         TokenizerError: a file is missing, malformed, or uses what is not supported.
+        CheckpointError: a GGUF file is damaged.
     """
     given = Path(path)
+    if is_gguf(given):
+        return _load_from_gguf(given)
     json_path = (
         given
         if given.suffix == ".json" and path_kind(given) != "folder"
@@ -309,12 +323,29 @@ def load_tokenizer(path: str | PathLike[str]) -> Tokenizer:
     file = read_tokenizer_file(json_path)
     try:
         special = read_special_tokens(folder, file)
-        template = read_chat_template(folder, special.settings, special.names)
+        template = compile_templates(template_sources(folder, special.settings), special.names)
     except TokenizerError as error:
         raise TokenizerError(f"tokenizer in {str(folder)!r}: {error}") from error
-    for note in special.contradictions[:CONTRADICTIONS_LOGGED]:
-        logger.warning("tokenizer in %s: %s", folder, note)
-    left_out = len(special.contradictions) - CONTRADICTIONS_LOGGED
-    if left_out > 0:
-        logger.warning("tokenizer in %s: %d more contradictions", folder, left_out)
+    _log_contradictions(folder, special.contradictions)
     return Tokenizer(file, special, template)
+
+
+def _load_from_gguf(path: Path) -> Tokenizer:
+    documents = open_documents(path)
+    contents = {SETTINGS: documents.settings, GENERATION: documents.generation, MODEL: {}}
+    try:
+        file = understand(documents.tokenizer)
+        special = find_special_tokens(contents, file)
+        template = compile_templates(documents.templates, special.names)
+    except TokenizerError as error:
+        raise TokenizerError(f"tokenizer in {str(path)!r}: {error}") from error
+    _log_contradictions(path, special.contradictions)
+    return Tokenizer(file, special, template)
+
+
+def _log_contradictions(path: Path, contradictions: Sequence[str]) -> None:
+    for note in contradictions[:CONTRADICTIONS_LOGGED]:
+        logger.warning("tokenizer in %s: %s", path, note)
+    left_out = len(contradictions) - CONTRADICTIONS_LOGGED
+    if left_out > 0:
+        logger.warning("tokenizer in %s: %d more contradictions", path, left_out)

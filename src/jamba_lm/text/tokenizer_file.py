@@ -124,12 +124,17 @@ def read_tokenizer_file(path: Path) -> TokenizerFile:
     """
     document = read_json(path, "tokenizer", TokenizerError, FILE_LIMIT_BYTES)
     try:
-        return _understand(document)
+        return understand(document)
     except TokenizerError as error:
         raise TokenizerError(f"tokenizer {str(path)!r}: {error}") from error
 
 
-def _understand(document: dict[str, Any]) -> TokenizerFile:
+def understand(document: dict[str, Any]) -> TokenizerFile:
+    """Check the content of a tokenizer.json.
+
+    Raises:
+        TokenizerError: as for `read_tokenizer_file`.
+    """
     model = _object(document.get("model"), "model")
     names = _vocabulary(model)
     added = _added_tokens(document.get("added_tokens"), names, bool(model.get("byte_fallback")))

@@ -1,0 +1,368 @@
+"""Ours, transformers and llama.cpp on the same weights and the same quiet machine.
+
+    python -m benchmarks.cpu_inference [--shape tiny mid 3b] [--type bf16 int8 int4]
+        [--engines jamba,transformers,llama.cpp] [--llama-cpp DIR] [--out DIR]
+        [--write docs/results/cpu.md]
+
+First the machine is calibrated and the engines are compared: same logits to the rounding of the
+type, same greedy tokens. Then they are measured in alternation, every sample between two probes of
+the machine; samples that were disturbed are thrown away, and a block with too few quiet ones is
+reported as contaminated, with status 1. Checkpoints and llama.cpp are kept in a cache folder.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tempfile
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from benchmarks import engine_client, llama_cpp, parity_gate
+from benchmarks.calibration import Peaks, measure_peaks, read_bandwidth
+from benchmarks.checkpoints import SHAPES, checkpoint, fits_together, truth_type
+from benchmarks.comparison_report import markdown, plot, replace_tables
+from benchmarks.comparison_verdict import judge_again, problems_of
+from benchmarks.engine_client import Worker, worker
+from benchmarks.our_model import packed_folder
+from benchmarks.quiet import Verdict
+from benchmarks.record import hardware, write_json
+from benchmarks.timing import Patience, Stopwatch
+from jamba_lm.analysis.memory import weight_bytes
+from jamba_lm.analysis.roofline import Call, Speeds, floor_seconds, model_work
+from jamba_lm.config import JambaConfig
+from jamba_lm.presets import preset
+
+TYPES = ("fp32", "bf16", "int8", "int4")
+ENGINES = ("jamba", "transformers", "llama.cpp")
+# What llama.cpp keeps the same weights in: the types that a user would choose between.
+LLAMA_TYPES = {"fp32": ["F32"], "bf16": ["BF16", "F16"], "int8": ["Q8_0"], "int4": ["Q4_K_M"]}
+# transformers has no quantised Jamba for a CPU: its fastest type stands beside ours.
+PEER_TYPE = {"fp32": "fp32", "bf16": "bf16", "int8": "bf16", "int4": "bf16"}
+# Tokens written in one sample: long enough to time, short enough to be quiet.
+NEW_TOKENS = {"tiny": 64, "mid": 32, "3b": 16}
+DECODE_PROMPT = 16
+PARITY_TOKENS, GREEDY_TOKENS = 96, 24
+COLD_RUNS = 3
+# Vector instructions that the scan takes for one vector of states (`docs/results/log.md`).
+SCAN_INSTRUCTIONS = 11
+
+
+@dataclass(frozen=True, slots=True)
+class Measure:
+    """One thing that is measured: reading a prompt, or writing by so many sequences."""
+
+    name: str
+    deed: str
+    batch: int
+    tokens: int
+
+    @property
+    def rows(self) -> int:
+        """Tokens read or written in one sample."""
+        return self.batch * self.tokens
+
+    def calls(self) -> list[Call]:
+        """List the forward calls of one sample."""
+        if self.deed == "prefill":
+            firsts = range(0, self.tokens, 512)
+            return [Call(self.batch, min(512, self.tokens - first), first) for first in firsts]
+        return [Call(self.batch, 1, DECODE_PROMPT + written) for written in range(self.tokens)]
+
+
+def measures(shape: str, prompts: list[int], batches: list[int]) -> list[Measure]:
+    """List what is measured of a shape."""
+    new = NEW_TOKENS[shape]
+    return [
+        *(Measure(f"prefill {tokens:,}", "prefill", 1, tokens) for tokens in prompts),
+        *(Measure(f"decode, batch {batch}", "decode", batch, new) for batch in batches),
+    ]
+
+
+@dataclass(slots=True)
+class Run:
+    """What the whole run shares."""
+
+    options: argparse.Namespace
+    llama: llama_cpp.LlamaCpp | None
+    peaks: Peaks
+    watch: Stopwatch
+
+    @property
+    def threads(self) -> int:
+        """Threads of every engine."""
+        return int(self.options.threads)
+
+    def say(self, text: str) -> None:
+        """Tell how far the run is, on stderr."""
+        self.watch.log(text)
+
+
+def speeds_for(config: JambaConfig, weights: str, peaks: Peaks) -> Speeds:
+    """Return the limits that a model is held against: its own weights are what is read."""
+    size = weight_bytes(config, weights)
+    lanes_per_second = peaks.fma_flops / 2
+    return Speeds(
+        threads=peaks.threads,
+        # A model that fits into a cache is read from there.
+        read_bytes=peaks.read_bytes
+        if size >= 2**29
+        else max(peaks.read_bytes, read_bandwidth(peaks.threads, size // 2**20 * 2**20, 20)),
+        amounts={
+            "fp32": max(peaks.fma_flops, peaks.product_flops["fp32"]),
+            "bf16": peaks.product_flops["bf16"],
+            "int8": max(peaks.product_flops["int8"], peaks.product_flops["bf16"]),
+            "scan": lanes_per_second / SCAN_INSTRUCTIONS,
+        },
+    )
+
+
+def place_of(engine: str, folder: Path, weights: str) -> tuple[str, Path, str]:
+    """Return how a worker is started: the engine, the folder it reads and the type it uses."""
+    if engine == "jamba":
+        return engine, packed_folder(folder, weights), weights
+    return engine, folder, PEER_TYPE[weights]
+
+
+def check_parity(run: Run, shape: str, weights: str, folder: Path) -> dict[str, Any]:
+    """Compare every engine with the truth; returns one record per engine."""
+    config, wide = preset(shape), truth_type(shape)
+    ids = engine_client.some_ids(config.vocab_size, PARITY_TOKENS)
+    found: dict[str, tuple[str, Any, list[int]]] = {}
+    with tempfile.TemporaryDirectory() as temporary:
+        place = Path(temporary)
+        for engine in [one for one in ("jamba", "transformers") if one in run.options.engines]:
+            with worker(*place_of(engine, folder, weights), run.threads) as asked:
+                greedy = asked.ask("greedy", ids=ids, tokens=GREEDY_TOKENS)["ids"]
+                kind = weights if engine == "jamba" else PEER_TYPE[weights]
+                found[engine] = (kind, asked.logits(ids, place), greedy)
+        for kind in LLAMA_TYPES[weights] if run.llama is not None else []:
+            assert run.llama is not None
+            model = llama_cpp.gguf_file(run.llama, folder, kind, run.threads)
+            logits = run.llama.logits(model, ids, run.threads, place)
+            greedy = run.llama.greedy(model, ids, GREEDY_TOKENS, run.threads)
+            found[f"llama.cpp {kind}"] = (kind, logits, greedy)
+        with worker("transformers", folder, wide, run.threads) as truth:
+            expected = truth.logits(ids, place)
+            likeliest = truth.ask("greedy", ids=ids, tokens=GREEDY_TOKENS)["ids"]
+            judged = {}
+            for name, (kind, logits, greedy) in found.items():
+                along = truth.logits([*ids, *greedy], place)[len(ids) - 1 : -1]
+                judged[name] = parity_gate.compare(kind, logits, expected, greedy, likeliest, along)
+    for name, parity in judged.items():
+        verdict = parity.problem or "the same to rounding"
+        run.say(f"  {name}: error {parity.error:.2g}, top-1 {parity.top1:.3f}: {verdict}")
+    records = {name: asdict(parity) for name, parity in judged.items()}
+    if {"jamba", "transformers"} <= judged.keys() and weights == "bf16" and wide == "fp32":
+        ratio = judged["jamba"].median_error / judged["transformers"].median_error
+        records["jamba"]["error_over_transformers"] = ratio
+        if ratio > parity_gate.BF16_RATIO:
+            records["jamba"]["problem"] = f"its error is {ratio:.2f} times that of transformers"
+    return {"truth": f"transformers {wide}", "engines": records}
+
+
+def measure_speed(
+    run: Run, shape: str, weights: str, folder: Path, engines: list[str]
+) -> dict[str, dict[str, Verdict]]:
+    """Measure the engines in alternation; returns a verdict for each measure and engine."""
+    found: dict[str, dict[str, Verdict]] = {}
+    ours = [engine for engine in ("jamba", "transformers") if engine in engines]
+    kinds = [name.removeprefix("llama.cpp ") for name in engines if name.startswith("llama.cpp ")]
+    together = fits_together(shape, len(ours) + len(kinds))
+    for measure in measures(shape, run.options.prompts, run.options.batches):
+        run.say(f"{shape} {weights}: {measure.name}")
+        with ExitStack() as stack:
+            running: list[Worker] = []
+            actions: dict[str, Callable[[], float]] = {}
+            for engine in ours:
+                arguments = (*place_of(engine, folder, weights), run.threads)
+                if together:
+                    one = stack.enter_context(worker(*arguments))
+                    running.append(one)
+                    actions[engine] = partial(worker_seconds, one, measure)
+                else:
+                    actions[engine] = partial(alone_seconds, *arguments, measure)
+            for kind in kinds:
+                assert run.llama is not None
+                model = llama_cpp.gguf_file(run.llama, folder, kind, run.threads)
+                actions[f"llama.cpp {kind}"] = partial(
+                    llama_seconds, run.llama, model, run.threads, measure
+                )
+            run.watch.pids = partial(pids_of, running)
+            patience = Patience(run.options.samples, run.options.most, run.options.seconds)
+            found[measure.name] = run.watch.alternate(actions, patience)
+            run.watch.pids = partial(pids_of, [])
+    return found
+
+
+def pids_of(running: list[Worker]) -> list[int]:
+    """Name the processes that work for us."""
+    return [one.process.pid for one in running]
+
+
+def worker_seconds(running: Worker, measure: Measure) -> float:
+    """Take one sample of an engine that is already there."""
+    if measure.deed == "prefill":
+        return running.seconds("prefill", tokens=measure.tokens, batch=measure.batch)
+    return running.seconds(
+        "decode", prompt=DECODE_PROMPT, tokens=measure.tokens, batch=measure.batch
+    )
+
+
+def alone_seconds(engine: str, folder: Path, kind: str, threads: int, measure: Measure) -> float:
+    """Take one sample of an engine that is there only for it: not all fit side by side."""
+    with worker(engine, folder, kind, threads) as running:
+        worker_seconds(running, measure)
+        return worker_seconds(running, measure)
+
+
+def llama_seconds(llama: llama_cpp.LlamaCpp, model: Path, threads: int, measure: Measure) -> float:
+    """Take one sample with llama.cpp's own programs."""
+    if measure.deed == "prefill":
+        return llama.prefill_seconds(model, measure.tokens, threads)
+    if measure.batch == 1:
+        return llama.decode_seconds(model, measure.tokens, threads)
+    return llama.batched_decode_seconds(
+        model, DECODE_PROMPT, measure.tokens, measure.batch, threads
+    )
+
+
+def measure_cold(
+    run: Run, shape: str, weights: str, folder: Path, engines: list[str]
+) -> dict[str, dict[str, Any]]:
+    """Measure the first token from a cold start, and the most memory, of each engine alone."""
+    starts: dict[str, Callable[[], float]] = {}
+    memory: dict[str, int] = {}
+    tokens = max(run.options.prompts)
+    ids = range(2, 2 + engine_client.FIRST_PROMPT)
+    for name in engines:
+        if name.startswith("llama.cpp "):
+            assert run.llama is not None
+            kind = name.removeprefix("llama.cpp ")
+            model = llama_cpp.gguf_file(run.llama, folder, kind, run.threads)
+            starts[name] = partial(run.llama.first_token_seconds, model, ids, run.threads)
+            memory[name] = run.llama.peak_bytes(model, tokens, run.threads)
+        else:
+            arguments = (*place_of(name, folder, weights), run.threads)
+            starts[name] = partial(engine_client.first_token_seconds, *arguments)
+            memory[name] = engine_client.peak_bytes(*arguments, tokens)
+    run.say(f"{shape} {weights}: from the start of a process to its first token")
+    patience = Patience(COLD_RUNS, run.options.most, run.options.seconds)
+    verdicts = run.watch.alternate(starts, patience)
+    return {
+        name: {
+            "first_token": asdict(verdict),
+            "seconds": verdict.seconds,
+            "peak_bytes": memory[name],
+        }
+        for name, verdict in verdicts.items()
+    }
+
+
+def compare_engines(run: Run, shape: str, weights: str) -> dict[str, Any]:
+    """Check and measure all engines on one shape in one type."""
+    config = preset(shape)
+    folder = checkpoint(shape, run.options.cache)
+    run.say(f"{shape} {weights}: the same result?")
+    parity = check_parity(run, shape, weights, folder)
+    # Who computes something else is named in the record, and not measured.
+    engines = [name for name, one in parity["engines"].items() if one["problem"] is None]
+    block: dict[str, Any] = {"shape": shape, "type": weights, "parity": parity, "speed": {}}
+    if not engines:
+        return block
+    speeds = speeds_for(config, weights, run.peaks)
+    verdicts = measure_speed(run, shape, weights, folder, engines)
+    for measure in measures(shape, run.options.prompts, run.options.batches):
+        calls = measure.calls()
+        floor = sum(floor_seconds(model_work(config, call, weights), speeds) for call in calls)
+        block["speed"][measure.name] = {
+            "rows": measure.rows,
+            "roofline_tokens_per_second": measure.rows / floor,
+            "engines": {
+                name: asdict(verdict)
+                | {
+                    "seconds": verdict.seconds,
+                    "tokens_per_second": measure.rows / verdict.seconds,
+                }
+                for name, verdict in verdicts[measure.name].items()
+            },
+        }
+    block["read_bytes_per_second"] = speeds.read_bytes
+    block["weight_bytes"] = weight_bytes(config, weights)
+    if run.options.cold:
+        block["cold"] = measure_cold(run, shape, weights, folder, engines)
+    return block
+
+
+def parse_options() -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    add = parser.add_argument
+    add("--shape", nargs="+", choices=SHAPES, default=list(SHAPES))
+    add("--type", nargs="+", choices=TYPES, default=["bf16", "int8", "int4"], dest="types")
+    add("--engines", default=",".join(ENGINES), help="with commas")
+    add("--prompts", type=int, nargs="+", default=[128, 512, 2048], help="tokens to read")
+    add("--batches", type=int, nargs="+", default=[1, 8], help="sequences that write")
+    add("--threads", type=int, default=2)
+    add("--samples", type=int, default=5, help="quiet samples wanted of everything")
+    add("--most", type=int, default=30, help="samples of anything")
+    add("--seconds", type=float, default=300.0, help="after which a block takes no more samples")
+    add("--no-cold", action="store_false", dest="cold", help="no cold starts and no memory")
+    add("--llama-cpp", type=Path, help="folder where llama.cpp was built")
+    add("--cache", type=Path, default=llama_cpp.cache_folder(), help="for checkpoints")
+    add("--out", type=Path, help="folder for cpu.json, cpu.md and cpu.png")
+    add("--write", type=Path, help="replace the tables in this document")
+    options = parser.parse_args()
+    options.engines = options.engines.split(",")
+    unknown = set(options.engines) - set(ENGINES)
+    if unknown:
+        parser.error(f"no engine {', '.join(sorted(unknown))}; choose from {', '.join(ENGINES)}")
+    return options
+
+
+def main() -> None:
+    """Calibrate, check, measure, and write what may be quoted."""
+    options = parse_options()
+    watch = Stopwatch(options.threads)
+    llama = None
+    if "llama.cpp" in options.engines:
+        llama = llama_cpp.find_or_build(options.llama_cpp)
+    watch.log("calibrating")
+    run = Run(options, llama, measure_peaks(options.threads), watch)
+    try:
+        blocks = [
+            compare_engines(run, shape, weights)
+            for shape in options.shape
+            for weights in options.types
+        ]
+    except engine_client.EngineFailure as failure:
+        sys.exit(f"error: {failure}")
+    result = {
+        "command": "python -m benchmarks.cpu_inference " + " ".join(sys.argv[1:]),
+        "hardware": hardware(),
+        "peaks": asdict(run.peaks),
+        "peaks_after": asdict(measure_peaks(options.threads)),
+        "fma_nanoseconds": watch.reference,
+        "blocks": blocks,
+    }
+    judge_again(result)
+    text = markdown(result)
+    print(text)
+    if options.out is not None:
+        write_json(options.out / "cpu.json", result)
+        (options.out / "cpu.md").write_text(text + "\n", encoding="utf-8")
+        plot(result, options.out / "cpu.png")
+    if options.write is not None:
+        replace_tables(options.write, text)
+    problems = problems_of(result)
+    for problem in problems:
+        print(f"CONTAMINATED or wrong: {problem}", file=sys.stderr)
+    sys.exit(1 if problems else 0)
+
+
+if __name__ == "__main__":
+    main()

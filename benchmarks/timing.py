@@ -1,0 +1,133 @@
+"""Timings taken in alternation, each between two probes of the machine, until enough were quiet.
+
+What is compared is measured side by side: one sample of each in turn, so that a machine that
+changes its speed changes it for all of them. It decides nothing itself; `quiet.py` holds the rules.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import TypeVar
+
+from benchmarks.calibration import probe
+from benchmarks.quiet import Sample, Verdict, judge, read_accounts
+
+Answer = TypeVar("Answer")
+# Returns the seconds that one repetition took, by the clock of whoever did it.
+Action = Callable[[], float]
+
+
+@dataclass(slots=True)
+class Patience:
+    """How long to try.
+
+    Attributes:
+        wanted: quiet samples of everything.
+        most: samples of anything.
+        seconds: after which no new round begins.
+    """
+
+    wanted: int = 7
+    most: int = 40
+    seconds: float = 60.0
+
+
+def to_stderr(text: str) -> None:
+    """Print beside the result."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def no_processes() -> Iterable[int]:
+    """Name no process: all the work is done in this one."""
+    return ()
+
+
+@dataclass(slots=True)
+class Stopwatch:
+    """Takes samples, and remembers how fast the machine was at its quietest.
+
+    Attributes:
+        threads: that the work uses, and so the probe.
+        pids: the processes that work for us at this moment.
+        reference: nanoseconds of a multiply-add in the best block so far.
+    """
+
+    threads: int
+    pids: Callable[[], Iterable[int]] = no_processes
+    reference: float | None = None
+    log: Callable[[str], None] = to_stderr
+
+    def alternate(
+        self, actions: Mapping[str, Action], patience: Patience, warm_up: int = 1
+    ) -> dict[str, Verdict]:
+        """Take samples of all actions in turn, until each has enough quiet ones or time is up."""
+        for _ in range(warm_up):
+            for action in actions.values():
+                action()
+        samples: dict[str, list[Sample]] = {name: [] for name in actions}
+        started = time.monotonic()
+        rate = probe(self.threads).wall
+        while True:
+            for name, action in actions.items():
+                sample, rate = self._sample(action, rate)
+                samples[name].append(sample)
+            verdicts = {name: judge(taken, self.reference) for name, taken in samples.items()}
+            taken = len(next(iter(samples.values())))
+            enough = all(len(verdict.kept) >= patience.wanted for verdict in verdicts.values())
+            if enough or taken >= patience.most:
+                break
+            if time.monotonic() - started > patience.seconds:
+                break
+        self._tell(verdicts)
+        quietest = min(verdict.reference for verdict in verdicts.values())
+        self.reference = quietest if self.reference is None else min(self.reference, quietest)
+        return verdicts
+
+    def observe(self, action: Callable[[], Answer]) -> tuple[Answer, Sample]:
+        """Do something between two probes; return what it returned, and what was seen around it."""
+        rate = probe(self.threads).wall
+        return self._observe(action, rate)
+
+    def _sample(self, action: Action, before: float) -> tuple[Sample, float]:
+        seconds, sample = self._observe(action, before)
+        sample = replace(sample, seconds=seconds)
+        return sample, sample.after
+
+    def _observe(self, action: Callable[[], Answer], before: float) -> tuple[Answer, Sample]:
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
+        accounts, started = read_accounts(self.pids()), time.monotonic()
+        answer = action()
+        wall, later = time.monotonic() - started, read_accounts(self.pids())
+        sample = Sample(
+            seconds=wall,
+            before=before,
+            after=probe(self.threads).wall,
+            others=accounts.others_until(later),
+            available=cores * wall,
+            waited=accounts.waited_until(later),
+        )
+        return answer, sample
+
+    def _tell(self, verdicts: Mapping[str, Verdict]) -> None:
+        for name, verdict in verdicts.items():
+            raw = " ".join(f"{1e3 * seconds:.4g}" for seconds in verdict.raw)
+            kept = f"{len(verdict.kept)} of {len(verdict.raw)} samples quiet"
+            self.log(f"  {name}: {1e3 * verdict.seconds:.4g} ms, {kept}; all, in ms: {raw}")
+            if verdict.problem is not None:
+                worst = verdict.thrown_away[-1] if verdict.thrown_away else verdict.problem
+                self.log(f"  {name}: CONTAMINATED: {verdict.problem} (the last one: {worst})")
+
+
+def timed(action: Callable[[], object]) -> Action:
+    """Return an action that times `action` by the clock on the wall."""
+
+    def run() -> float:
+        started = time.perf_counter()
+        action()
+        return time.perf_counter() - started
+
+    return run

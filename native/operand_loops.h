@@ -1,0 +1,128 @@
+// Rows of inputs, arranged as the products with one kind of weight meet them.
+//
+// Float weights meet float32 inputs. Integer weights meet inputs of 15 bits and a sign, one
+// scale for a row (relative to its largest value 1.5e-5, which bfloat16's 4e-3 hides): their
+// products and sums are exact, and one instruction does as much as four on floats.
+#ifndef JAMBA_OPERAND_LOOPS_H
+#define JAMBA_OPERAND_LOOPS_H
+
+#include "paths.h"
+#include "simd.h"
+
+namespace jamba::JAMBA_PATH {
+
+// Inputs are padded with zeros to a multiple of this, so that only weights have tails.
+constexpr int64_t INPUT_PAD = 64;
+
+inline int64_t cache_line_floats(int64_t floats) { return divide_up(floats, 16) * 16; }
+
+inline int64_t padded_inputs(int64_t inputs) { return divide_up(inputs, INPUT_PAD) * INPUT_PAD; }
+
+// Rows of x, arranged as one kind of weight meets them.
+struct Operand {
+  float *wide;        // [M][padded]: F32 in order; BF16 evens, then odds, of every 2 LANES
+  int16_t *fixed;     // [M][padded]: INT8 in order; INT4 as `nibble_input` says
+  float *unit;        // [M] what 1 in `fixed` stands for
+  float *group_sums;  // [M][groups] of `fixed`, for the minima of INT4
+  int64_t padded, groups;
+};
+
+// Floats of scratch that an operand of any kind takes.
+inline int64_t operand_floats(int64_t rows, int64_t inputs) {
+  const int64_t padded = padded_inputs(inputs);
+  return rows * (padded + padded / 32) + cache_line_floats(rows) + padded;
+}
+
+// The first of the two inputs in byte `b` of a row; the other is 16 inputs on.
+inline int64_t nibble_input(int64_t b) { return b / 16 * 32 + b % 16; }
+
+inline void fix_row(const float *x, int64_t inputs, int16_t *fixed, float *unit) {
+  Vec largest = {};
+  int64_t i = 0;
+  for (; i + LANES <= inputs; i += LANES) {
+    largest = maximum(largest, (Vec)((WordVec)load(x + i) & 0x7fffffffu));
+  }
+  for (; i < inputs; i++) {
+    const Vec magnitude = (Vec)((WordVec)set(x[i]) & 0x7fffffffu);
+    largest = maximum(largest, magnitude);
+  }
+  float top = 0;
+  bool finite = true;
+  for (int l = 0; l < LANES; l++) {
+    finite = finite && largest[l] <= 3.4e38f;
+    top = largest[l] > top ? largest[l] : top;
+  }
+  if (!finite) {
+    // No integer says infinity: the whole row of results becomes "not a number".
+    *unit = __builtin_nanf("");
+    memset(fixed, 0, (size_t)inputs * sizeof *fixed);
+    return;
+  }
+  *unit = top / 32767.0f;
+  // Below 2^-100 the quotient would overflow; such rows are zero to any weight.
+  const float inverse = top > 7.9e-31f ? 32767.0f / top : 0;
+  for (i = 0; i < inputs; i++) {
+    const float scaled = x[i] * inverse;
+    fixed[i] = (int16_t)(scaled + (scaled < 0 ? -0.5f : 0.5f));
+  }
+}
+
+// An operand of `rows` rows for `matrix`, in `scratch`; its values are yet to be written.
+inline Operand operand_in(const jamba_matrix &matrix, int64_t rows, float *scratch) {
+  const int64_t padded = padded_inputs(matrix.I);
+  float *unit = scratch + rows * padded;
+  const int64_t groups = matrix.kind == JAMBA_INT4 ? matrix.I / matrix.group : 0;
+  return {scratch, (int16_t *)scratch, unit, unit + cache_line_floats(rows), padded, groups};
+}
+
+// Arranges rows of `x`, `stride` floats apart, for products with `matrix`, in `scratch`.
+inline Operand prepare_operand(const jamba_matrix &matrix, const float *x, int64_t stride,
+                               int64_t rows, float *scratch) {
+  const Operand operand = operand_in(matrix, rows, scratch);
+  const int64_t inputs = matrix.I, padded = operand.padded;
+  for (int64_t m = 0; m < rows; m++) {
+    const float *in = x + m * stride;
+    float *wide = operand.wide + m * padded;
+    int16_t *fixed = operand.fixed + m * padded;
+    switch (matrix.kind) {
+      case JAMBA_F32:
+        memcpy(wide, in, (size_t)inputs * sizeof *in);
+        memset(wide + inputs, 0, (size_t)(padded - inputs) * sizeof *in);
+        break;
+      case JAMBA_BF16:
+        for (int64_t i = 0; i < padded; i += 2 * LANES) {
+          for (int64_t l = 0; l < LANES; l++) {
+            const int64_t even = i + 2 * l;
+            wide[i + l] = even < inputs ? in[even] : 0;
+            wide[i + LANES + l] = even + 1 < inputs ? in[even + 1] : 0;
+          }
+        }
+        break;
+      case JAMBA_INT8:
+        fix_row(in, inputs, fixed, operand.unit + m);
+        memset(fixed + inputs, 0, (size_t)(padded - inputs) * sizeof *fixed);
+        break;
+      case JAMBA_INT4: {
+        // In order first, at the end of the scratch, for the sums over groups.
+        int16_t *ordered = (int16_t *)(operand.group_sums + rows * operand.groups);
+        fix_row(in, inputs, ordered, operand.unit + m);
+        memset(ordered + inputs, 0, (size_t)(padded - inputs) * sizeof *ordered);
+        for (int64_t g = 0; g < operand.groups; g++) {
+          int32_t sum = 0;
+          for (int64_t i = 0; i < matrix.group; i++) sum += ordered[g * matrix.group + i];
+          operand.group_sums[m * operand.groups + g] = (float)sum;
+        }
+        for (int64_t b = 0; b < padded / 2; b++) {
+          const int64_t at = b / (2 * LANES) * 4 * LANES + b % (2 * LANES);
+          fixed[at] = ordered[nibble_input(b)];
+          fixed[at + 2 * LANES] = ordered[nibble_input(b) + 16];
+        }
+        break;
+      }
+    }
+  }
+  return operand;
+}
+
+}  // namespace jamba::JAMBA_PATH
+#endif

@@ -1,0 +1,244 @@
+// A few outputs times a few rows, for each kind of weight. Lanes are neighbouring inputs of one
+// output. What a row gives does not depend on how many rows there are: sums run in the same order
+// in a tile of one row and of four.
+#ifndef JAMBA_PRODUCT_TILES_H
+#define JAMBA_PRODUCT_TILES_H
+
+#include "operand_loops.h"
+#include "unpack_loops.h"
+
+namespace jamba::JAMBA_PATH {
+
+template <int DISTANCE>
+JAMBA_INLINE Vec add_partners(Vec v) {
+  IntVec partner;
+  for (int l = 0; l < LANES; l++) partner[l] = l ^ DISTANCE;
+  const Vec sum = v + __builtin_shuffle(v, partner);
+  if constexpr (DISTANCE > 1) return add_partners<DISTANCE / 2>(sum);
+  return sum;
+}
+
+JAMBA_INLINE float total(Vec v) { return add_partners<LANES / 2>(v)[0]; }
+
+typedef int8_t ByteVec __attribute__((vector_size(LANES * 2), may_alias));
+typedef uint8_t UnsignedByteVec __attribute__((vector_size(LANES * 2), may_alias));
+typedef int16_t ShortVec __attribute__((vector_size(LANES * 4), may_alias));
+typedef uint16_t UnsignedShortVec __attribute__((vector_size(LANES * 4), may_alias));
+
+JAMBA_INLINE ShortVec load_shorts(const int16_t *p) {
+  ShortVec v;
+  memcpy(&v, p, sizeof v);
+  return v;
+}
+
+// Adds the products of neighbouring pairs to 32-bit sums.
+JAMBA_INLINE IntVec add_pairs(IntVec sum, ShortVec a, ShortVec b) {
+#if defined(__AVX512VNNI__)
+  return (IntVec)_mm512_dpwssd_epi32((__m512i)sum, (__m512i)a, (__m512i)b);
+#elif defined(__AVX512BW__)
+  return sum + (IntVec)_mm512_madd_epi16((__m512i)a, (__m512i)b);
+#elif defined(__AVX2__)
+  return sum + (IntVec)_mm256_madd_epi16((__m256i)a, (__m256i)b);
+#else
+  const IntVec even = ((IntVec)a << 16 >> 16) * ((IntVec)b << 16 >> 16);
+  return sum + even + ((IntVec)a >> 16) * ((IntVec)b >> 16);
+#endif
+}
+
+JAMBA_INLINE Vec as_floats(IntVec v) { return __builtin_convertvector(v, Vec); }
+
+// `size` bytes at `p`, of which only `left` may be read; the rest are zero.
+template <typename T>
+JAMBA_INLINE T load_bytes(const void *p, int64_t left) {
+  T v = {};
+  memcpy(&v, p, left < (int64_t)sizeof v ? (size_t)left : sizeof v);
+  return v;
+}
+
+// OUTPUTS rows of weights times ROWS rows of inputs. `x` and `y` are one pointer for each row.
+template <int OUTPUTS, int ROWS>
+inline void float_tile(const jamba_matrix &matrix, int64_t output, const Operand &operand,
+                       const int64_t *rows, float (*sums)[ROWS]) {
+  const float *const weights = (const float *)matrix.values + output * matrix.I;
+  Vec even[OUTPUTS][ROWS] = {}, odd[OUTPUTS][ROWS] = {};
+  const float *x[ROWS];
+  for (int m = 0; m < ROWS; m++) x[m] = operand.wide + rows[m] * operand.padded;
+  const int64_t whole = matrix.I / (2 * LANES) * (2 * LANES);
+  const auto step = [&](int64_t i, auto load_weights) {
+#pragma GCC unroll 4
+    for (int o = 0; o < OUTPUTS; o++) {
+      const float *w = weights + o * matrix.I + i;
+      const Vec first = load_weights(w, i), second = load_weights(w + LANES, i + LANES);
+#pragma GCC unroll 4
+      for (int m = 0; m < ROWS; m++) {
+        even[o][m] = fma(first, load(x[m] + i), even[o][m]);
+        odd[o][m] = fma(second, load(x[m] + i + LANES), odd[o][m]);
+      }
+    }
+  };
+  for (int64_t i = 0; i < whole; i += 2 * LANES) {
+    step(i, [](const float *w, int64_t) { return load(w); });
+  }
+  if (whole < matrix.I) {
+    step(whole, [&](const float *w, int64_t i) {
+      return i < matrix.I ? load_bytes<Vec>(w, (matrix.I - i) * 4) : Vec{};
+    });
+  }
+  for (int o = 0; o < OUTPUTS; o++) {
+    for (int m = 0; m < ROWS; m++) sums[o][m] = total(even[o][m] + odd[o][m]);
+  }
+}
+
+template <int OUTPUTS, int ROWS>
+inline void bfloat16_tile(const jamba_matrix &matrix, int64_t output, const Operand &operand,
+                          const int64_t *rows, float (*sums)[ROWS]) {
+  const uint16_t *const weights = (const uint16_t *)matrix.values + output * matrix.I;
+  Vec even[OUTPUTS][ROWS] = {}, odd[OUTPUTS][ROWS] = {};
+  const float *x[ROWS];
+  for (int m = 0; m < ROWS; m++) x[m] = operand.wide + rows[m] * operand.padded;
+  const int64_t whole = matrix.I / (2 * LANES) * (2 * LANES);
+  const auto step = [&](int64_t i, auto load_weights) {
+#pragma GCC unroll 4
+    for (int o = 0; o < OUTPUTS; o++) {
+      const WordVec pairs = load_weights(weights + o * matrix.I + i);
+      // Little-endian: the first of each pair is the low half.
+      const Vec first = (Vec)(pairs << 16), second = (Vec)(pairs & 0xffff0000u);
+#pragma GCC unroll 4
+      for (int m = 0; m < ROWS; m++) {
+        even[o][m] = fma(first, load(x[m] + i), even[o][m]);
+        odd[o][m] = fma(second, load(x[m] + i + LANES), odd[o][m]);
+      }
+    }
+  };
+  for (int64_t i = 0; i < whole; i += 2 * LANES) {
+    step(i, [](const uint16_t *w) { return (WordVec)load((const float *)w); });
+  }
+  if (whole < matrix.I) {
+    step(whole, [&](const uint16_t *w) { return load_bytes<WordVec>(w, (matrix.I - whole) * 2); });
+  }
+  for (int o = 0; o < OUTPUTS; o++) {
+    for (int m = 0; m < ROWS; m++) sums[o][m] = total(even[o][m] + odd[o][m]);
+  }
+}
+
+// A lane adds two products of at most 127 * 32767 a step: 2^31 is out of reach of this many.
+constexpr int64_t EXACT_STEPS = 256;
+
+template <int OUTPUTS, int ROWS>
+inline void int8_tile(const jamba_matrix &matrix, int64_t output, const Operand &operand,
+                      const int64_t *rows, float (*sums)[ROWS]) {
+  const int8_t *const weights = (const int8_t *)matrix.values + output * matrix.I;
+  Vec wide[OUTPUTS][ROWS] = {};
+  const int16_t *x[ROWS];
+  for (int m = 0; m < ROWS; m++) x[m] = operand.fixed + rows[m] * operand.padded;
+  constexpr int64_t STEP = 2 * LANES;
+  const int64_t whole = matrix.I / STEP * STEP;
+  for (int64_t begin = 0; begin < matrix.I; begin += EXACT_STEPS * STEP) {
+    IntVec exact[OUTPUTS][ROWS] = {};
+    const auto step = [&](int64_t i, auto load_weights) {
+#pragma GCC unroll 4
+      for (int o = 0; o < OUTPUTS; o++) {
+        const ShortVec w =
+            __builtin_convertvector(load_weights(weights + o * matrix.I + i), ShortVec);
+#pragma GCC unroll 4
+        for (int m = 0; m < ROWS; m++)
+          exact[o][m] = add_pairs(exact[o][m], w, load_shorts(x[m] + i));
+      }
+    };
+    const int64_t stop = begin + EXACT_STEPS * STEP;
+    for (int64_t i = begin; i < (stop < whole ? stop : whole); i += STEP) {
+      step(i, [](const int8_t *w) { return load_bytes<ByteVec>(w, sizeof(ByteVec)); });
+    }
+    if (whole < matrix.I && whole < stop) {
+      step(whole, [&](const int8_t *w) { return load_bytes<ByteVec>(w, matrix.I - whole); });
+    }
+    for (int o = 0; o < OUTPUTS; o++) {
+      for (int m = 0; m < ROWS; m++) wide[o][m] = wide[o][m] + as_floats(exact[o][m]);
+    }
+  }
+  const float *scales = (const float *)matrix.scale + output;
+  for (int o = 0; o < OUTPUTS; o++) {
+    for (int m = 0; m < ROWS; m++)
+      sums[o][m] = scales[o] * operand.unit[rows[m]] * total(wide[o][m]);
+  }
+}
+
+// Lane by lane, the scale of the group that the byte in that lane belongs to; a step of 2 LANES
+// bytes holds two blocks of 32 inputs with AVX-512, one or a part of one elsewhere.
+JAMBA_INLINE Vec scales_of_step(const float *scales, int64_t step, int64_t group) {
+  const int64_t byte = step * 2 * LANES;
+  const int64_t first = nibble_input(byte) / group;
+#if defined(__AVX512F__)
+  const int64_t second = nibble_input(byte + 16) / group;
+  return _mm512_mask_mov_ps(set(scales[first]), 0xff00, set(scales[second]));
+#else
+  return set(scales[first]);
+#endif
+}
+
+// Groups whose scales are made wide at a time.
+constexpr int64_t WIDE_GROUPS = 64;
+
+template <int OUTPUTS, int ROWS>
+inline void int4_tile(const jamba_matrix &matrix, int64_t output, const Operand &operand,
+                      const int64_t *rows, float (*sums)[ROWS]) {
+  const int64_t bytes = matrix.I / 2, groups = operand.groups, group = matrix.group;
+  const uint8_t *const weights = (const uint8_t *)matrix.values + output * bytes;
+  const uint16_t *scale = (const uint16_t *)matrix.scale + output * groups;
+  const uint16_t *minimum = (const uint16_t *)matrix.minimum + output * groups;
+  Vec wide[OUTPUTS][ROWS] = {};
+  float from_minima[OUTPUTS][ROWS] = {};
+  const int16_t *x[ROWS];
+  for (int m = 0; m < ROWS; m++) x[m] = operand.fixed + rows[m] * operand.padded;
+  constexpr int64_t STEP = 2 * LANES;  // bytes
+  for (int64_t first = 0; first < groups; first += WIDE_GROUPS) {
+    const int64_t count = groups - first < WIDE_GROUPS ? groups - first : WIDE_GROUPS;
+    // One more than there are: a last step of half as many bytes asks for it, and meets zeros.
+    float scales[OUTPUTS][WIDE_GROUPS + 1] = {};
+    for (int o = 0; o < OUTPUTS; o++) {
+      float minima[WIDE_GROUPS] = {};
+      for (int64_t g = 0; g < count; g++) {
+        scales[o][g] = from_bfloat16(scale[o * groups + first + g]);
+        minima[g] = from_bfloat16(minimum[o * groups + first + g]);
+      }
+      for (int m = 0; m < ROWS; m++) {
+        const float *group_sums = operand.group_sums + rows[m] * groups + first;
+        Vec sum = {};
+        int64_t g = 0;
+        for (; g + LANES <= count; g += LANES)
+          sum = fma(load(minima + g), load(group_sums + g), sum);
+        float rest = total(sum);
+        for (; g < count; g++) rest += minima[g] * group_sums[g];
+        from_minima[o][m] += rest;
+      }
+    }
+    const int64_t begin = first * group / 2;
+    const int64_t end = (first + count) * group / 2;
+    for (int64_t b = begin; b < end; b += STEP) {
+#pragma GCC unroll 4
+      for (int o = 0; o < OUTPUTS; o++) {
+        const uint8_t *w = weights + o * bytes + b;
+        const UnsignedByteVec packed = bytes - b >= STEP
+                                           ? load_bytes<UnsignedByteVec>(w, STEP)
+                                           : load_bytes<UnsignedByteVec>(w, bytes - b);
+        const UnsignedShortVec both = __builtin_convertvector(packed, UnsignedShortVec);
+        const ShortVec low = (ShortVec)(both & 15), high = (ShortVec)(both >> 4);
+        const Vec factor = scales_of_step(scales[o], (b - begin) / STEP, group);
+#pragma GCC unroll 4
+        for (int m = 0; m < ROWS; m++) {
+          IntVec exact = add_pairs(IntVec{}, low, load_shorts(x[m] + 2 * b));
+          exact = add_pairs(exact, high, load_shorts(x[m] + 2 * b + STEP));
+          wide[o][m] = fma(as_floats(exact), factor, wide[o][m]);
+        }
+      }
+    }
+  }
+  for (int o = 0; o < OUTPUTS; o++) {
+    for (int m = 0; m < ROWS; m++) {
+      sums[o][m] = operand.unit[rows[m]] * (total(wide[o][m]) + from_minima[o][m]);
+    }
+  }
+}
+
+}  // namespace jamba::JAMBA_PATH
+#endif

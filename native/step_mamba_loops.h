@@ -1,0 +1,124 @@
+// A Mamba layer for a few tokens: convolution, selection, scan and gate from what each sequence
+// remembers to what it will remember.
+#ifndef JAMBA_STEP_MAMBA_LOOPS_H
+#define JAMBA_STEP_MAMBA_LOOPS_H
+
+#include "step_parts.h"
+
+namespace jamba::JAMBA_PATH {
+
+// Convolution and SiLU of the channels in `range` for one sequence; `in` is [M][PIECE].
+inline void convolve(const Step &step, const jamba_layer &layer, const jamba_memory &memory,
+                     int64_t b, Range range, const float *in, float *window) {
+  const jamba_model &model = step.model;
+  const bool half = model.bfloat16;
+  const int64_t L = model.W - 1, C = model.C, first = step.call.offsets[b];
+  const int64_t rows = step.call.offsets[b + 1] - first;
+  for (int64_t c = range.first; c < range.last; c += LANES) {
+    const int64_t left = lanes_left(C, c), at = c - range.first;
+    for (int64_t t = 0; t < L; t++) {
+      store(window + t * PIECE + at, load_any(memory.conv_LC, half, t * C + c, left));
+    }
+    for (int64_t t = 0; t < rows; t++) {
+      // What the window will hold is what is convolved now: else the split would show.
+      const Vec x = load_any(in, false, (first + t) * PIECE + at, left);
+      store(window + (L + t) * PIECE + at, rounded_as(half, x));
+    }
+    const Vec bias =
+        layer.conv_bias_C == nullptr ? Vec{} : load_any(layer.conv_bias_C, false, c, left);
+    for (int64_t t = 0; t < rows; t++) {
+      Vec sum = bias;
+      for (int64_t w = 0; w < model.W; w++) {
+        const Vec tap = load_any(layer.conv_WC, false, w * C + c, left);
+        sum = fma(load(window + (t + w) * PIECE + at), tap, sum);
+      }
+      store_any(step.shared.u, false, (first + t) * C + c, left, sum * sigmoid(sum));
+    }
+    for (int64_t t = 0; t < L; t++) {
+      store_any(memory.next_conv_LC, half, t * C + c, left, load(window + (rows + t) * PIECE + at));
+    }
+  }
+}
+
+// Scan, skip and gate of the channels in `range` for one sequence; `dt` is [M][PIECE], before
+// its bias. Lanes are states, which stay where they lie in memory.
+inline void scan_and_gate(const Step &step, const jamba_layer &layer, const jamba_memory &memory,
+                          int64_t b, Range range, const float *dt_MP, const float *B_MN,
+                          const float *C_MN) {
+  const jamba_model &model = step.model;
+  const int64_t C = model.C, N = model.N;
+  for (int64_t c = range.first; c < range.last; c += LANES) {
+    const int64_t channels = lanes_left(C, c);
+    const Vec bias = load_any(layer.dt_bias_C, false, c, channels);
+    const Vec skip = load_any(layer.skip_C, false, c, channels);
+    const float *state = memory.scan_CN + c * N;
+    float *next = memory.next_scan_CN + c * N;
+    for (int64_t m = step.call.offsets[b]; m < step.call.offsets[b + 1]; m++) {
+      const Vec u = load_any(step.shared.u, false, m * C + c, channels);
+      const Vec dt = softplus(load(dt_MP + m * PIECE + c - range.first) + bias);
+      const Vec steps = dt * LOG2_E, inputs = dt * u;
+      Vec products[LANES] = {};
+      for (int64_t lane = 0; lane < channels; lane++) {
+        for (int64_t n = 0; n < N; n += LANES) {
+          const int64_t left = lanes_left(N, n), at = lane * N + n;
+          const Vec A = load_any(layer.A_CN, false, c * N + at, left);
+          const Vec B = load_any(B_MN, false, m * N + n, left);
+          Vec h = load_any(state, false, at, left);
+          h = fma(set(inputs[lane]), B, exp2_product(set(steps[lane]), A) * h);
+          store_any(next, false, at, left, h);
+          products[lane] = fma(h, load_any(C_MN, false, m * N + n, left), products[lane]);
+        }
+      }
+      const Vec y = fma(skip, u, sum_each(products));
+      const Vec z = load_any(step.shared.gate, false, m * C + c, channels);
+      store_any(step.shared.y, false, m * C + c, channels, y * z * sigmoid(z));
+      state = next;
+    }
+  }
+}
+
+inline void mamba_layer(Step &step, const jamba_layer &layer, const jamba_memory *memories) {
+  const jamba_model &model = step.model;
+  const int64_t M = step.call.M, B = step.call.B, C = model.C, N = model.N, R = model.R;
+  const StepBuffers &shared = step.shared;
+
+  norm_stream(step, layer.mixer_norm_D);
+  const Operand x = prepare_operand(layer.in_proj, step.normed, model.D, M, step.operand);
+  step.team.share(divide_up(C, PIECE), [&](int64_t piece) {
+    const Range range = piece_of(C, piece);
+    float *in = step.local, *window = in + M * PIECE;
+    multiply(layer.in_proj, range.first, range.last, x, FIRST_ROWS, M, in, PIECE);
+    multiply(layer.in_proj, C + range.first, C + range.last, x, FIRST_ROWS, M,
+             shared.gate + range.first, C);
+    for (int64_t b = 0; b < B; b++) convolve(step, layer, memories[b], b, range, in, window);
+  });
+
+  const int64_t width = R + 2 * N;
+  const Operand u = prepare_operand(layer.x_proj, shared.u, C, M, step.operand);
+  constexpr int64_t FEW = 8;  // outputs: there are not many, and each is long
+  step.team.share(divide_up(width, FEW), [&](int64_t piece) {
+    const int64_t first = piece * FEW, last = first + FEW < width ? first + FEW : width;
+    multiply(layer.x_proj, first, last, u, FIRST_ROWS, M, shared.selection + first, width);
+  });
+
+  float *dt_MR = step.normed, *B_MN = dt_MR + M * R, *C_MN = B_MN + M * N;
+  const float epsilon = (float)model.epsilon;
+  for (int64_t m = 0; m < M; m++) {
+    const float *row = shared.selection + m * width;
+    norm_row(row, layer.dt_norm_R, R, epsilon, dt_MR + m * R);
+    norm_row(row + R, layer.B_norm_N, N, epsilon, B_MN + m * N);
+    norm_row(row + R + N, layer.C_norm_N, N, epsilon, C_MN + m * N);
+  }
+  const Operand dt = prepare_operand(layer.dt_proj, dt_MR, R, M, step.operand);
+  step.team.share(divide_up(C, PIECE), [&](int64_t piece) {
+    const Range range = piece_of(C, piece);
+    multiply(layer.dt_proj, range.first, range.last, dt, FIRST_ROWS, M, step.local, PIECE);
+    for (int64_t b = 0; b < B; b++) {
+      scan_and_gate(step, layer, memories[b], b, range, step.local, B_MN, C_MN);
+    }
+  });
+  add_product(step, layer.out_proj, shared.y);
+}
+
+}  // namespace jamba::JAMBA_PATH
+#endif

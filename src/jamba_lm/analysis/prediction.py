@@ -1,0 +1,344 @@
+"""How fast a model will be on this machine, from a few of its layers.
+
+A prediction is the model's roofline over the share of it that our code reaches here. The roofline
+is arithmetic on the config and the measured limits of the machine. The share is measured at this
+moment, with layers of the model's own width and random weights, one kind at a time, run through the
+same calls as the model; what a call costs beside its layers is measured with them. So no speed is
+written into the code, and a model need not be there to be predicted.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from jamba_lm.analysis.machine import usable_memory
+from jamba_lm.analysis.machine_speed import LARGEST_SET, measure_speeds
+from jamba_lm.analysis.memory import weight_bytes, weight_format
+from jamba_lm.analysis.roofline import (
+    Call,
+    Speeds,
+    floor_seconds,
+    layer_work,
+    model_work,
+)
+from jamba_lm.analysis.workload import Timing, Workload, run_once
+from jamba_lm.config import JambaConfig
+from jamba_lm.errors import CapacityError
+from jamba_lm.kernels.packed_weights import Int4Weight, Int8Weight, PackedWeight
+from jamba_lm.language_model import LanguageModel
+from jamba_lm.model.decoder import Decoder
+from jamba_lm.model.initialization import initial_value
+from jamba_lm.model.layout import LayerSpec, plan_layers
+from jamba_lm.quantization.policy import Packing
+from jamba_lm.quantization.rewrite import place_packed
+
+DTYPES: Mapping[str, torch.dtype] = {
+    "fp32": torch.float32,
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+}
+
+# So many tokens have a random embedding each, and route to all experts.
+SAMPLE_VOCAB = 1024
+# A call with this many layers of a kind, less one with a single layer, is their cost.
+SAMPLE_LAYERS = 3
+SAMPLE_NEW_TOKENS = 12
+# Each sample is repeated at least so often, and for so long.
+FEWEST_REPEATS, SAMPLE_TIME = 5, 0.4
+# Values that matrices are filled with, over and over: drawing all of them would take seconds.
+TILE = 1 << 20
+# The share of the memory that the layers of one sample may take.
+MEMORY_SHARE = 0.5
+
+Kind = tuple[str, str]
+
+
+@dataclass(frozen=True, slots=True)
+class Phase:
+    """One phase of a workload, predicted.
+
+    Attributes:
+        tokens: that it reads or writes, of all sequences.
+        floor_seconds: what its roofline says, no implementation can be faster.
+        seconds: predicted.
+        memory_share: how much of the floor is time of the memory, not of arithmetic.
+        parts: the floor of each part of the model, in seconds.
+    """
+
+    tokens: int
+    floor_seconds: float
+    seconds: float
+    memory_share: float
+    parts: Mapping[str, float]
+
+    @property
+    def tokens_per_second(self) -> float:
+        """The predicted speed."""
+        return self.tokens / self.seconds
+
+    @property
+    def roofline_tokens_per_second(self) -> float:
+        """The speed that the machine forbids to exceed."""
+        return self.tokens / self.floor_seconds
+
+
+@dataclass(frozen=True, slots=True)
+class Prediction:
+    """How fast a model will read and write, and the limits that this follows from."""
+
+    speeds: Speeds
+    workload: Workload
+    prefill: Phase
+    decode: Phase
+
+
+@dataclass(frozen=True, slots=True)
+class Seconds:
+    """Seconds of one call that reads and of one that writes."""
+
+    prefill: float
+    decode: float
+
+    def minus(self, other: Seconds) -> Seconds:
+        """Return the difference; a smaller sample cannot take longer, so it is not negative."""
+        return Seconds(
+            max(self.prefill - other.prefill, 1e-9), max(self.decode - other.decode, 1e-9)
+        )
+
+    def times(self, factor: float) -> Seconds:
+        """Return this many times as much."""
+        return Seconds(self.prefill * factor, self.decode * factor)
+
+
+def predict(
+    config: JambaConfig,
+    weights: str,
+    workload: Workload,
+    measured: Callable[[LanguageModel, Workload], Seconds] | None = None,
+) -> Prediction:
+    """Predict how fast a model of this shape runs a workload here, with torch's threads.
+
+    Args:
+        config: the shape.
+        weights: format of `memory.WEIGHT_FORMATS`.
+        workload: what it is to do.
+        measured: how a sample is timed; `sample_seconds` when None.
+
+    Raises:
+        CapacityError: the model, or a few layers side by side, do not fit into memory.
+        InputError: no such format.
+    """
+    needed, memory = weight_bytes(config, weights), usable_memory()
+    if needed > memory:
+        raise CapacityError(
+            f"the weights take {needed:,} bytes in {weights}, this machine has {memory:,}: its "
+            "speed here cannot be predicted; --weights int4 takes the fewest"
+        )
+    measured = measured or sample_seconds
+    speeds = measure_speeds(min(weight_bytes(config, weights), LARGEST_SET))
+    sample = Sampler(config, weights, workload, measured)
+    layers, beside = sample.layer_seconds(), sample.seconds_beside_layers()
+    return Prediction(
+        speeds=speeds,
+        workload=workload,
+        prefill=_phase(config, weights, speeds, reading_calls(workload), layers, beside, "prefill"),
+        decode=_phase(config, weights, speeds, writing_calls(workload), layers, beside, "decode"),
+    )
+
+
+def reading_calls(workload: Workload) -> list[Call]:
+    """List the calls that read the prompts."""
+    calls = []
+    for first in range(0, workload.num_prompt_tokens, workload.piece):
+        tokens = min(workload.piece, workload.num_prompt_tokens - first)
+        calls.append(Call(workload.batch, tokens, first))
+    return calls
+
+
+def writing_calls(workload: Workload) -> list[Call]:
+    """List the calls that write the answers."""
+    return [
+        Call(workload.batch, 1, workload.num_prompt_tokens + written)
+        for written in range(workload.num_new_tokens)
+    ]
+
+
+def _phase(
+    config: JambaConfig,
+    weights: str,
+    speeds: Speeds,
+    calls: list[Call],
+    layers: Mapping[Kind, Seconds],
+    beside: Seconds,
+    name: str,
+) -> Phase:
+    """Scale what the sampled call took to every call of a phase, by their floors."""
+    counts = Counter(kind_of(spec) for spec in plan_layers(config))
+    specs = {kind_of(spec): spec for spec in plan_layers(config)}
+    sampled = calls[0]
+    seconds = floor = memory = 0.0
+    parts: dict[str, float] = {}
+    floor_of: dict[tuple[Call, Kind], float] = {}
+    for call in calls:
+        works = model_work(config, call, weights)
+        floor += floor_seconds(works, speeds)
+        memory += sum(work.floor(speeds) for work in works if work.reads_longer(speeds))
+        for work in works:
+            parts[work.part] = parts.get(work.part, 0.0) + work.floor(speeds)
+        seconds += getattr(beside, name)
+        for kind, count in counts.items():
+            for asked in (sampled, call):
+                if (asked, kind) not in floor_of:
+                    works = layer_work(config, specs[kind], asked, weights)
+                    floor_of[asked, kind] = floor_seconds(works, speeds)
+            share = floor_of[call, kind] / floor_of[sampled, kind]
+            seconds += count * getattr(layers[kind], name) * share
+    tokens = sum(call.rows for call in calls)
+    return Phase(tokens, floor, seconds, memory / floor, parts)
+
+
+def kind_of(spec: LayerSpec) -> Kind:
+    """Return what tells layers of different cost apart."""
+    return spec.mixer, spec.feed_forward
+
+
+class Sampler:
+    """Times layers of one kind at a time, at the model's own width."""
+
+    def __init__(
+        self,
+        config: JambaConfig,
+        weights: str,
+        workload: Workload,
+        measured: Callable[[LanguageModel, Workload], Seconds],
+    ) -> None:
+        self.config = config
+        self.weights = weights
+        self.measured = measured
+        self.workload = Workload(
+            min(workload.num_prompt_tokens, workload.piece),
+            min(workload.num_new_tokens, SAMPLE_NEW_TOKENS),
+            workload.batch,
+            workload.prefill_tokens,
+        )
+        self.kinds = list(dict.fromkeys(kind_of(spec) for spec in plan_layers(config)))
+        self._known: dict[JambaConfig, Seconds] = {}
+
+    def layer_seconds(self) -> dict[Kind, Seconds]:
+        """Return what one layer of each kind takes in the first call that reads or writes."""
+        first = self.kinds[0]
+        one, many = self._time(first, 1), self._time(first, SAMPLE_LAYERS)
+        layers = {first: many.minus(one).times(1 / (SAMPLE_LAYERS - 1))}
+        empty = one.minus(layers[first])
+        for kind in self.kinds[1:]:
+            layers[kind] = self._time(kind, 2).minus(empty).times(1 / 2)
+        return layers
+
+    def seconds_beside_layers(self) -> Seconds:
+        """Return what a call takes beside its layers: the head, and the call itself."""
+        first = self.kinds[0]
+        one, many = self._time(first, 1), self._time(first, SAMPLE_LAYERS)
+        whole = self._time(first, 1, vocab_size=self.config.vocab_size)
+        return whole.minus(many.minus(one).times(1 / (SAMPLE_LAYERS - 1)))
+
+    def _time(self, kind: Kind, layers: int, vocab_size: int = SAMPLE_VOCAB) -> Seconds:
+        config = sample_config(self.config, kind, layers, vocab_size)
+        if config not in self._known:
+            model = sample_model(config, self.weights)
+            self._known[config] = self.measured(model, self.workload)
+        return self._known[config]
+
+
+def sample_config(config: JambaConfig, kind: Kind, layers: int, vocab_size: int) -> JambaConfig:
+    """Return a shape of so many layers, all of one kind, as wide as `config`."""
+    mixer, feed_forward = kind
+    never = {"period": layers + 1, "offset": layers}
+    always = {"period": 1, "offset": 0}
+    attention = always if mixer == "attention" else never
+    experts = always if feed_forward == "moe" else never
+    return config.replace(
+        num_layers=layers,
+        vocab_size=min(vocab_size, config.vocab_size),
+        attention_period=attention["period"],
+        attention_offset=attention["offset"],
+        expert_period=experts["period"],
+        expert_offset=experts["offset"],
+        pad_id=None,
+        eos_ids=(),
+    )
+
+
+def sample_model(config: JambaConfig, weights: str) -> LanguageModel:
+    """Make a model to be timed: matrices are filled with the same few random values.
+
+    Raises:
+        CapacityError: it does not fit into memory.
+        InputError: no format is called `weights`.
+    """
+    form = weight_format(weights)
+    dtype = DTYPES.get(weights, torch.bfloat16)
+    needed = weight_bytes(config, weights)
+    if needed > MEMORY_SHARE * usable_memory():
+        raise CapacityError(
+            f"{config.num_layers} layers of this model take {needed:,} bytes, too much of this "
+            "machine's memory to be timed; its speed here cannot be predicted"
+        )
+    with torch.device("meta"):
+        decoder = Decoder(config)
+    tile = torch.randn(TILE, generator=torch.Generator().manual_seed(0)).mul_(0.02)
+    for name, blank in list(decoder.named_parameters()):
+        packing = None if form.scheme is None else form.scheme.packing(name, blank.shape)
+        if packing is not None:
+            place_packed(decoder, name, _packed(packing, blank.shape), dtype)
+            continue
+        if blank.ndim == 2 and name.endswith(".weight"):
+            value = _tiled(tile.to(dtype), blank.shape)
+        else:
+            value = initial_value(config, name, tuple(blank.shape), dtype, 0)
+        owner, _, leaf = name.rpartition(".")
+        setattr(decoder.get_submodule(owner), leaf, nn.Parameter(value, requires_grad=False))
+    return LanguageModel(config, decoder)
+
+
+def _packed(packing: Packing, shape: torch.Size) -> PackedWeight:
+    """Return a packed matrix of this shape with some values."""
+    outputs, inputs = shape
+    draw = torch.Generator().manual_seed(0)
+    tile = torch.randint(0, 256, (TILE,), generator=draw, dtype=torch.int32).to(torch.uint8)
+    if packing.group is None:
+        values_OI = _tiled(tile, shape).view(torch.int8)
+        return Int8Weight(values_OI, torch.full((outputs,), 2e-4))
+    groups = (outputs, inputs // packing.group)
+    return Int4Weight(
+        _tiled(tile, torch.Size((outputs, inputs // 2))),
+        torch.full(groups, 4e-3, dtype=torch.bfloat16),
+        torch.full(groups, -3e-2, dtype=torch.bfloat16),
+    )
+
+
+def _tiled(tile: Tensor, shape: torch.Size) -> Tensor:
+    x = torch.empty(shape, dtype=tile.dtype)
+    for part in x.view(-1).split(len(tile)):
+        part.copy_(tile[: len(part)])
+    return x
+
+
+def sample_seconds(model: LanguageModel, workload: Workload) -> Seconds:
+    """Time one reading call and one writing call: medians of several repetitions."""
+    run_once(model, workload)
+    timings: list[Timing] = []
+    begun = time.perf_counter()
+    while len(timings) < FEWEST_REPEATS or time.perf_counter() - begun < SAMPLE_TIME:
+        timings.append(run_once(model, workload))
+    return Seconds(
+        prefill=statistics.median(timing.prefill_seconds for timing in timings),
+        decode=statistics.median(timing.decode_seconds for timing in timings)
+        / workload.num_new_tokens,
+    )

@@ -1,0 +1,129 @@
+"""`jamba convert`: a model from Hugging Face's folder to a GGUF file, or back."""
+
+from __future__ import annotations
+
+import time
+from contextlib import ExitStack
+from functools import cache
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from jamba_lm.cli.options import EMBEDDED, JsonOption, model_folder
+from jamba_lm.errors import InputError
+from jamba_lm.gguf_file import SUFFIX, is_gguf
+
+
+def convert(
+    source: Annotated[
+        str,
+        typer.Argument(
+            metavar="SOURCE",
+            help=f"A checkpoint folder, '{EMBEDDED}', or a {SUFFIX} file.",
+            show_default=False,
+        ),
+    ],
+    target: Annotated[
+        Path,
+        typer.Argument(
+            metavar="TARGET",
+            help=f"A {SUFFIX} file to make of a folder, or a folder to make of a {SUFFIX} file.",
+            show_default=False,
+        ),
+    ],
+    file_type: Annotated[
+        str | None,
+        typer.Option(
+            "--type",
+            help=f"Type of the matrices in a {SUFFIX} file: f32, f16, bf16, q8_0 or q4_0; bf16 "
+            "when left out.",
+            show_default=False,
+        ),
+    ] = None,
+    dtype: Annotated[
+        str | None,
+        typer.Option(
+            help="Type of the weights in a folder: fp32, bf16 or fp16; the file's, or bf16 for a "
+            "quantised one, when left out.",
+            show_default=False,
+        ),
+    ] = None,
+    tokenizer: Annotated[
+        bool,
+        typer.Option(
+            "--tokenizer/--no-tokenizer",
+            help=f"Take the tokenizer along; without, a {SUFFIX} file takes token ids only.",
+        ),
+    ] = True,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace what is at TARGET already.")
+    ] = False,
+    json_wanted: JsonOption = False,
+) -> None:
+    """Convert a model between Hugging Face's layout and GGUF, the format of llama.cpp.
+
+    Weights, tokenizer and chat template are converted, one tensor at a time. TARGET appears when
+    it is complete, or not at all.
+    """
+    from jamba_lm.cli.output import Output, Progress
+    from jamba_lm.conversion import folder_to_gguf, gguf_to_folder
+
+    origin = model_folder(source)
+    to_gguf = not is_gguf(origin)
+    if to_gguf != (target.suffix.lower() == SUFFIX):
+        expected = f"a file name that ends in {SUFFIX}" if to_gguf else "a folder"
+        raise InputError(
+            f"TARGET is {str(target)!r}: expected {expected}, as SOURCE is "
+            + ("a checkpoint folder" if to_gguf else f"a {SUFFIX} file")
+        )
+    if to_gguf and dtype is not None:
+        raise InputError(f"--dtype is for folders: choose the type of a {SUFFIX} file with --type")
+    if not to_gguf and file_type is not None:
+        raise InputError(f"--type is for {SUFFIX} files: choose the type of a folder with --dtype")
+    if not to_gguf and not tokenizer:
+        raise InputError(f"--no-tokenizer is for {SUFFIX} files: delete tokenizer.json instead")
+    output = Output(json_wanted)
+    started = time.monotonic()
+    with ExitStack() as stack:
+
+        @cache
+        def line(total: int) -> Progress:
+            return stack.enter_context(output.progress(f"writing {target}", total, "bytes"))
+
+        def show(done: int, total: int) -> None:
+            line(total).update(done)
+
+        if to_gguf:
+            converted = folder_to_gguf(
+                origin,
+                target,
+                file_type=file_type or "bf16",
+                name="jamba-lm-demo" if source == EMBEDDED else None,
+                tokenizer=tokenizer,
+                overwrite=overwrite,
+                progress=show,
+            )
+        else:
+            converted = gguf_to_folder(
+                origin, target, dtype=dtype or "auto", overwrite=overwrite, progress=show
+            )
+    seconds = time.monotonic() - started
+    for note in converted.notes:
+        output.note(f"note: {note}")
+    stored = ", ".join(f"{count:,} {name}" for name, count in converted.values_by_type.items())
+    output.line(
+        f"wrote {stored} weights, {converted.num_bytes:,} bytes, into {target} in {seconds:.1f} s; "
+        f"tokenizer: {converted.tokenizer}"
+    )
+    output.result(
+        {
+            "source": source,
+            "target": str(target),
+            "bytes": converted.num_bytes,
+            "values_by_type": dict(converted.values_by_type),
+            "tokenizer": converted.tokenizer,
+            "notes": list(converted.notes),
+            "seconds": seconds,
+        }
+    )

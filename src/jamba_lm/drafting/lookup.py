@@ -1,0 +1,67 @@
+"""Drafts for one sequence by looking up what followed its last tokens before.
+
+Paper: speculative decoding (arXiv 2211.17192) without its second model; "prompt lookup" in
+transformers and vLLM.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from jamba_lm.drafting.acceptance import AcceptanceRates
+from jamba_lm.drafting.policy import LONGEST_DRAFT, Wish
+from jamba_lm.drafting.suffix_index import SuffixIndex
+
+
+@dataclass(frozen=True, slots=True)
+class DraftCounts:
+    """What drafting did for a sequence so far.
+
+    Attributes:
+        proposed: tokens that were drafted.
+        accepted: tokens among them that the model wrote as well.
+        calls: calls of the model that wrote all tokens so far, drafted or not.
+    """
+
+    proposed: int
+    accepted: int
+    calls: int
+
+
+class LookupDrafter:
+    """Guesses the next tokens of a sequence from the prompt and what was written since."""
+
+    def __init__(self, ids: Iterable[int], *, fixed: int | None = None) -> None:
+        """Begin with the tokens of the prompt.
+
+        Args:
+            ids: the tokens read so far.
+            fixed: draft this many tokens wherever there is a match; None to draft as many as pay.
+        """
+        self._index = SuffixIndex(ids)
+        self._rates = AcceptanceRates()
+        self._fixed = fixed
+
+    def wish(self, unread: int, most: int) -> Wish:
+        """Say what could be drafted, at most `most` tokens, beside the `unread` ones to be read."""
+        match = self._index.find()
+        if match is None or most < 1:
+            return Wish(unread)
+        if self._fixed is not None:
+            return Wish(unread, fixed=min(self._fixed, most))
+        return Wish(unread, self._rates.chances(match.length, min(most, LONGEST_DRAFT)))
+
+    def draft(self, count: int) -> list[int]:
+        """Return the `count` likeliest next tokens; a wish for them must have come before."""
+        match = self._index.find()
+        if match is None or not count:
+            return []
+        return self._index.following(match, count)
+
+    def push(self, token: int) -> None:
+        """Take one more token of the sequence, and learn whether it would have been guessed."""
+        match = self._index.find()
+        if match is not None:
+            self._rates.observe(match.length, self._index[match.start] == token)
+        self._index.append(token)

@@ -1,0 +1,104 @@
+"""Products with packed matrices: native for few rows, unpacked and by torch for many.
+
+M rows, I inputs, O outputs.
+"""
+
+from __future__ import annotations
+
+import ctypes
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from jamba_lm.kernels.library import gradient_is_needed, loaded_library, with_unit_columns
+from jamba_lm.kernels.native_matrix import MatrixStruct, describe_matrix
+from jamba_lm.kernels.packed_weights import PackedWeight
+
+# JAMBA_STEP_ROWS: up to so many rows, reading the matrix costs more than multiplying.
+FEW_ROWS = 16
+
+# JAMBA_U: set where the rows are bfloat16.
+_BFLOAT16 = 1
+
+
+class _Product(ctypes.Structure):
+    _fields_ = (
+        ("path", ctypes.c_int64),
+        ("threads", ctypes.c_int64),
+        ("bfloat16", ctypes.c_int64),
+        ("M", ctypes.c_int64),
+        ("x_MI", ctypes.c_void_p),
+        ("x_stride", ctypes.c_int64),
+        ("y_MO", ctypes.c_void_p),
+        ("matrix", MatrixStruct),
+    )
+
+
+class _Unpack(ctypes.Structure):
+    _fields_ = (
+        ("path", ctypes.c_int64),
+        ("threads", ctypes.c_int64),
+        ("bfloat16", ctypes.c_int64),
+        ("out_OI", ctypes.c_void_p),
+        ("matrix", MatrixStruct),
+    )
+
+
+def packed_linear(
+    x_MI: Tensor, weight: PackedWeight, bias_O: Tensor | None = None, *, path: str | None = None
+) -> Tensor:
+    """Run `reference.packed_linear` natively; `path` forces an instruction set, for tests.
+
+    For few rows inputs are rounded to 16-bit integers, relative to the largest of their row, and
+    multiplied exactly. Many rows, and any that need a gradient, meet the matrix unpacked to their
+    own dtype.
+    """
+    if x_MI.shape[0] > FEW_ROWS or gradient_is_needed(x_MI, bias_O):
+        bias = None if bias_O is None else bias_O.to(x_MI.dtype)
+        return F.linear(x_MI, unpack(weight, x_MI.dtype, path=path), bias)
+    return float_linear(x_MI, weight, bias_O, path=path)
+
+
+def float_linear(
+    x_MI: Tensor,
+    weight: Tensor | PackedWeight,
+    bias_O: Tensor | None = None,
+    *,
+    path: str | None = None,
+) -> Tensor:
+    """Multiply at most `FEW_ROWS` rows by a matrix of any kind."""
+    code = loaded_library().path_code(path)
+    x_MI = with_unit_columns(x_MI)
+    y_MO = x_MI.new_empty((x_MI.shape[0], weight.shape[0]))
+    if not y_MO.numel():
+        return y_MO
+    keep: list[Tensor] = []
+    call = _Product(
+        code,
+        torch.get_num_threads(),
+        _BFLOAT16 if x_MI.dtype is torch.bfloat16 else 0,
+        x_MI.shape[0],
+        x_MI.data_ptr(),
+        x_MI.stride(0),
+        y_MO.data_ptr(),
+        describe_matrix(weight, bias_O, keep),
+    )
+    loaded_library().call("jamba_product", bytes(call))
+    return y_MO
+
+
+def unpack(weight: PackedWeight, dtype: torch.dtype, *, path: str | None = None) -> Tensor:
+    """Return the matrix `[O, I]` that `weight` stands for, in float32 or bfloat16."""
+    code = loaded_library().path_code(path)
+    out_OI = torch.empty(weight.shape, dtype=dtype)
+    keep: list[Tensor] = []
+    call = _Unpack(
+        code,
+        torch.get_num_threads(),
+        _BFLOAT16 if dtype is torch.bfloat16 else 0,
+        out_OI.data_ptr(),
+        describe_matrix(weight, None, keep),
+    )
+    loaded_library().call("jamba_unpack", bytes(call))
+    return out_OI

@@ -1,0 +1,338 @@
+"""All layers for a few tokens in one native call: what it is told of a model, and the call.
+
+Knows no module of the model: `step_plan` describes one to it.
+
+M rows, B sequences, V vocabulary, D model width, C Mamba channels, N state size, W convolution
+taps, R rank of dt; matrices are `[outputs, inputs]`, float or packed.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor
+
+from jamba_lm.kernels.library import loaded_library
+from jamba_lm.kernels.native_matrix import MatrixStruct, describe_matrix
+from jamba_lm.kernels.native_products import FEW_ROWS as STEP_ROWS
+from jamba_lm.kernels.packed_weights import PackedWeight
+
+__all__ = [
+    "STEP_ROWS",
+    "KeyMemory",
+    "Linear",
+    "MambaMemory",
+    "MambaVectors",
+    "StepLayer",
+    "StepModel",
+    "StepSizes",
+    "run_step",
+]
+
+_Number, _Pointer = ctypes.c_int64, ctypes.c_void_p
+
+
+class _LayerStruct(ctypes.Structure):
+    # jamba_layer of native/jamba_kernels.h.
+    _fields_ = (
+        ("attends", _Number),
+        ("experts", _Number),
+        ("mixer_norm_D", _Pointer),
+        ("feed_forward_norm_D", _Pointer),
+        ("in_proj", MatrixStruct),
+        ("x_proj", MatrixStruct),
+        ("dt_proj", MatrixStruct),
+        ("out_proj", MatrixStruct),
+        ("conv_WC", _Pointer),
+        ("conv_bias_C", _Pointer),
+        ("dt_norm_R", _Pointer),
+        ("B_norm_N", _Pointer),
+        ("C_norm_N", _Pointer),
+        ("dt_bias_C", _Pointer),
+        ("A_CN", _Pointer),
+        ("skip_C", _Pointer),
+        ("router", MatrixStruct),
+        ("feed_forward", _Pointer),
+    )
+
+
+class _ModelStruct(ctypes.Structure):
+    # jamba_model of native/jamba_kernels.h.
+    _fields_ = (
+        *((name, _Number) for name in ("num_layers", *"DVCNWRFHGPK", "bfloat16")),
+        ("epsilon", ctypes.c_double),
+        ("attention_scale", ctypes.c_double),
+        ("layers", _Pointer),
+        ("final_norm_D", _Pointer),
+        ("embedding", MatrixStruct),
+        ("head", MatrixStruct),
+    )
+
+
+class _StepStruct(ctypes.Structure):
+    # jamba_step_call of native/jamba_kernels.h.
+    _fields_ = (
+        ("path", _Number),
+        ("threads", _Number),
+        ("model", _Pointer),
+        ("B", _Number),
+        ("M", _Number),
+        ("offsets", _Pointer),
+        ("ids_M", _Pointer),
+        ("memories", _Pointer),
+        ("num_logits", _Number),
+        ("logit_rows", _Pointer),
+        ("logits", _Pointer),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Linear:
+    """A matrix and what is added to its product."""
+
+    weight: Tensor | PackedWeight
+    bias_O: Tensor | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MambaVectors:
+    """What a Mamba layer has beside its projections.
+
+    Attributes:
+        conv_WC: taps, the oldest token's first.
+        conv_bias_C: None where there is none.
+        dt_norm_R: gain of an inner norm; None where there is none. Likewise the next two.
+        B_norm_N: likewise.
+        C_norm_N: likewise.
+        dt_bias_C: added to dt before softplus.
+        A_CN: negative rates of decay.
+        skip_C: what of its input each channel adds to its output.
+    """
+
+    conv_WC: Tensor
+    conv_bias_C: Tensor | None
+    dt_norm_R: Tensor | None
+    B_norm_N: Tensor | None
+    C_norm_N: Tensor | None
+    dt_bias_C: Tensor
+    A_CN: Tensor
+    skip_C: Tensor
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepLayer:
+    """One layer. Vectors may be of any float dtype; they are copied to float32.
+
+    Attributes:
+        mixer_norm_D: gain of the norm before the mixer.
+        feed_forward_norm_D: gain of the norm before the feed-forward.
+        projections: of Mamba: in, x, dt, out; of attention: queries, keys, values, output, the
+            first three of one type.
+        mamba: None in a layer of attention.
+        experts: gate, up and down of each expert, or of the one feed-forward without a router; all
+            gates and ups of one type, all downs too.
+        router: None where there is one feed-forward.
+    """
+
+    mixer_norm_D: Tensor
+    feed_forward_norm_D: Tensor
+    projections: tuple[Linear, Linear, Linear, Linear]
+    mamba: MambaVectors | None
+    experts: Sequence[tuple[Linear, Linear, Linear]]
+    router: Linear | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepSizes:
+    """The sizes that every layer shares, in the order of `jamba_model`."""
+
+    d_model: int
+    vocab_size: int
+    d_inner: int
+    state_size: int
+    conv_width: int
+    dt_rank: int
+    d_ff: int
+    num_heads: int
+    num_kv_heads: int
+    d_head: int
+    experts_per_token: int
+
+
+class StepModel:
+    """A model as the native step reads it; matrices stay where they lie.
+
+    Attributes:
+        vocab_size: width of the logits.
+    """
+
+    def __init__(
+        self,
+        sizes: StepSizes,
+        layers: Sequence[StepLayer],
+        final_norm_D: Tensor,
+        embedding: Linear,
+        head: Linear,
+        *,
+        dtype: torch.dtype,
+        epsilon: float,
+        attention_scale: float,
+    ) -> None:
+        """Describe a model.
+
+        Args:
+            sizes: of all layers.
+            layers: first to last.
+            final_norm_D: gain of the norm before the head.
+            embedding: a row per token.
+            head: the embedding itself when they are tied.
+            dtype: of convolution windows, keys and values: torch.float32 or torch.bfloat16.
+            epsilon: of every norm.
+            attention_scale: what scores are multiplied by.
+        """
+        self.vocab_size = sizes.vocab_size
+        self._keep: list[Tensor] = []
+        self._arrays: list[ctypes.Array[MatrixStruct]] = []
+        self._layers = (_LayerStruct * len(layers))(*(self._layer(layer) for layer in layers))
+        self._struct = _ModelStruct(
+            len(layers),
+            *(getattr(sizes, field.name) for field in fields(sizes)),
+            dtype is torch.bfloat16,
+            epsilon,
+            attention_scale,
+            ctypes.addressof(self._layers),
+            self._vector(final_norm_D),
+            self._matrix(embedding),
+            self._matrix(head),
+        )
+
+    @property
+    def address(self) -> int:
+        """Where the description lies."""
+        return ctypes.addressof(self._struct)
+
+    def _layer(self, layer: StepLayer) -> _LayerStruct:
+        matrices = [self._matrix(linear) for expert in layer.experts for linear in expert]
+        array = (MatrixStruct * len(matrices))(*matrices)
+        self._arrays.append(array)
+        in_proj, x_proj, dt_proj, out_proj = map(self._matrix, layer.projections)
+        struct = _LayerStruct(
+            attends=layer.mamba is None,
+            experts=0 if layer.router is None else len(layer.experts),
+            mixer_norm_D=self._vector(layer.mixer_norm_D),
+            feed_forward_norm_D=self._vector(layer.feed_forward_norm_D),
+            in_proj=in_proj,
+            x_proj=x_proj,
+            dt_proj=dt_proj,
+            out_proj=out_proj,
+            feed_forward=ctypes.addressof(array),
+        )
+        if layer.mamba is not None:
+            for field in fields(MambaVectors):
+                setattr(struct, field.name, self._vector(getattr(layer.mamba, field.name)))
+        if layer.router is not None:
+            struct.router = self._matrix(layer.router)
+        return struct
+
+    def _vector(self, x: Tensor | None) -> int | None:
+        if x is None:
+            return None
+        wide = x.detach().to(torch.float32).contiguous()
+        self._keep.append(wide)
+        return wide.data_ptr()
+
+    def _matrix(self, linear: Linear) -> MatrixStruct:
+        return describe_matrix(linear.weight, linear.bias_O, self._keep)
+
+
+@dataclass(frozen=True, slots=True)
+class MambaMemory:
+    """What one sequence remembers in one Mamba layer, before the step and after it."""
+
+    conv_LC: Tensor
+    scan_CN: Tensor
+    next_conv_LC: Tensor
+    next_scan_CN: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class KeyMemory:
+    """The keys and values of one sequence in one layer, `[S_j, G, P]` each.
+
+    The last rows of the last blocks are those of the step, which writes them.
+    """
+
+    keys: Sequence[Tensor]
+    values: Sequence[Tensor]
+
+
+def run_step(
+    model: StepModel,
+    ids_M: Sequence[int],
+    offsets: Sequence[int],
+    memories: Sequence[MambaMemory | KeyMemory],
+    logit_rows: Sequence[int],
+    *,
+    path: str | None = None,
+) -> Tensor:
+    """Run every layer and return the logits after `logit_rows`, float32 `[len(logit_rows), V]`.
+
+    Args:
+        model: what to run.
+        ids_M: token ids of all sequences end to end, at most `STEP_ROWS`, all in range.
+        offsets: B+1 numbers: where each sequence starts, and M.
+        memories: layer by layer, and within a layer sequence by sequence.
+        logit_rows: rows whose logits are wanted, at least one.
+        path: forces an instruction set, for tests.
+
+    Raises:
+        BackendUnavailable: the library refused.
+    """
+    library = loaded_library()
+    logits = torch.empty(len(logit_rows), model.vocab_size)
+    ids, bounds, rows = _numbers(ids_M), _numbers(offsets), _numbers(logit_rows)
+    blocks: list[ctypes.Array[ctypes.c_int64]] = []
+    remembered = _numbers([number for one in memories for number in _memory(one, blocks)])
+    call = _StepStruct(
+        library.path_code(path),
+        torch.get_num_threads(),
+        model.address,
+        len(offsets) - 1,
+        len(ids_M),
+        ctypes.addressof(bounds),
+        ctypes.addressof(ids),
+        ctypes.addressof(remembered),
+        len(logit_rows),
+        ctypes.addressof(rows),
+        logits.data_ptr(),
+    )
+    library.call("jamba_step", bytes(call))
+    return logits
+
+
+def _memory(
+    memory: MambaMemory | KeyMemory, blocks: list[ctypes.Array[ctypes.c_int64]]
+) -> tuple[int, ...]:
+    """Return the members of a `jamba_memory`; an array that it points to goes to `blocks`."""
+    if isinstance(memory, MambaMemory):
+        return (
+            memory.conv_LC.data_ptr(),
+            memory.scan_CN.data_ptr(),
+            memory.next_conv_LC.data_ptr(),
+            memory.next_scan_CN.data_ptr(),
+            0,
+            0,
+        )
+    pairs = zip(memory.keys, memory.values, strict=True)
+    array = _numbers(
+        [number for k, v in pairs for number in (k.data_ptr(), v.data_ptr(), k.shape[0])]
+    )
+    blocks.append(array)
+    return (0, 0, 0, 0, len(memory.keys), ctypes.addressof(array))
+
+
+def _numbers(values: Sequence[int]) -> ctypes.Array[ctypes.c_int64]:
+    return (ctypes.c_int64 * len(values))(*values)

@@ -1,0 +1,258 @@
+"""What the comparison makes of what it measured: gates, parsing, tables, and what may be quoted."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks.comparison_report import bars_of, labels_of, markdown, plot
+from benchmarks.comparison_verdict import calibration_problems, judge_again, problems_of
+from benchmarks.engine_client import EngineFailure
+from benchmarks.llama_cpp import (
+    AMX_CALL,
+    AMX_FENCE,
+    PROGRAMS,
+    find,
+    keep_amx_configuration,
+    parse_batched_bench,
+    parse_bench,
+)
+from benchmarks.parity_gate import BOUNDS, compare, divergence, first_wrong, relative_error
+
+
+def logits(seed: int = 0, tokens: int = 12, vocab: int = 50) -> torch.Tensor:
+    return torch.randn(tokens, vocab, generator=torch.Generator().manual_seed(seed))
+
+
+# --- the gate
+
+
+def test_the_same_logits_pass_in_every_type():
+    truth = logits()
+    greedy = truth[:4].argmax(-1).tolist()
+    for kind in BOUNDS:
+        parity = compare(kind, truth, truth, greedy, greedy, truth[:4])
+        assert parity.problem is None
+        assert (parity.error, parity.divergence, parity.top1) == (0.0, 0.0, 1.0)
+        assert parity.same_greedy == parity.greedy == 4
+
+
+@pytest.mark.parametrize("kind", BOUNDS)
+def test_logits_beyond_the_rounding_of_their_type_are_refused(kind: str):
+    truth = logits()
+    found = truth + 1.5 * BOUNDS[kind] * logits(1)
+    problem = compare(kind, found, truth, [], [], truth[:0]).problem
+    assert problem is not None
+    assert kind in problem
+
+
+def test_a_tie_may_be_broken_either_way_and_a_wrong_token_may_not():
+    truth = torch.tensor([[0.0, 1.0, 0.999, -1.0], [2.0, 0.0, 0.0, 0.0]])
+    assert first_wrong([2, 0], truth, error=1e-3) is None
+    assert first_wrong([3, 0], truth, error=1e-3) == 0
+    assert first_wrong([1, 1], truth, error=1e-3) == 1
+
+
+def test_a_wrong_token_is_a_problem_although_the_logits_are_right():
+    truth = logits()
+    worst = truth[:3].argmin(-1).tolist()
+    problem = compare("bf16", truth, truth, worst, worst, truth[:3]).problem
+    assert problem is not None
+    assert "token 0" in problem
+
+
+def test_logits_that_are_not_numbers_are_refused():
+    truth = logits()
+    assert compare("bf16", truth * float("nan"), truth, [], [], truth[:0]).problem is not None
+    assert compare("bf16", truth[:, :3], truth, [], [], truth[:0]).problem is not None
+
+
+def test_an_error_is_a_share_of_the_spread_and_a_common_shift_of_the_truth_is_none():
+    truth = logits()
+    noise = 0.01 * logits(1)
+    one = relative_error(truth + noise, truth)
+    assert one == pytest.approx(relative_error(truth + 5 + noise, truth + 5), rel=1e-3)
+    assert one == pytest.approx(0.01, rel=0.2)
+
+
+def test_the_divergence_is_that_of_the_definition():
+    p, q = torch.tensor([[0.5, 0.25, 0.25]]), torch.tensor([[0.25, 0.5, 0.25]])
+    expected = 0.5 * torch.tensor(2.0).log() - 0.25 * torch.tensor(2.0).log()
+    assert divergence(p.log(), q.log()).item() == pytest.approx(expected.item())
+
+
+# --- llama.cpp
+
+
+def test_the_seconds_of_llama_bench_are_read():
+    test = {"n_prompt": 512, "n_gen": 0, "avg_ns": 7, "samples_ns": [72135640], "avg_ts": 7100.0}
+    assert parse_bench(json.dumps([test])) == 0.07213564
+
+
+@pytest.mark.parametrize("tests", [[], [{"samples_ns": [1, 2]}], [{"samples_ns": [1]}] * 2])
+def test_another_number_of_results_is_not_guessed_at(tests: list[dict[str, Any]]):
+    with pytest.raises(EngineFailure, match="llama-bench ran"):
+        parse_bench(json.dumps(tests))
+
+
+def test_the_seconds_of_llama_batched_bench_are_read():
+    line = '{"pp": 16, "tg": 64, "pl": 8, "t_pp": 0.2, "t_tg": 0.75, "speed": 178.5}'
+    assert parse_batched_bench(f"{line}\n\n") == 0.75
+    assert parse_batched_bench(f"0.00.1 W some log{line}\n") == 0.75
+    with pytest.raises(EngineFailure, match="printed 0 results"):
+        parse_batched_bench("no such model\n")
+
+
+def test_a_folder_that_was_built_is_found_from_any_of_its_levels(tmp_path: Path):
+    programs = tmp_path / "build" / "bin"
+    programs.mkdir(parents=True)
+    header = tmp_path / "llama_cpp_python-1" / "vendor" / "llama.cpp" / "include" / "llama.h"
+    header.parent.mkdir(parents=True)
+    header.touch()
+    assert find(tmp_path) is None, "nothing is built yet"
+    for name in PROGRAMS:
+        (programs / name).touch()
+    for folder in (tmp_path, tmp_path / "build", programs):
+        found = find(folder)
+        assert found is not None
+        assert found.programs == programs.resolve()
+        assert (found.source / "include" / "llama.h").exists()
+
+
+def test_the_configuration_of_tiles_is_kept_once(tmp_path: Path):
+    path = tmp_path / "mmq.cpp"
+    path.write_text(f"    {AMX_CALL}\n", encoding="utf-8")
+    keep_amx_configuration(path)
+    once = path.read_text(encoding="utf-8")
+    assert once == f"    {AMX_FENCE} {AMX_CALL}\n"
+    keep_amx_configuration(path)
+    assert path.read_text(encoding="utf-8") == once
+
+
+# --- the report
+
+
+def engine(speed: float, problem: str | None = None, reference: float = 0.2) -> dict[str, Any]:
+    return {
+        "tokens_per_second": speed,
+        "seconds": 1 / speed,
+        "problem": problem,
+        "reference": reference,
+    }
+
+
+def result() -> dict[str, Any]:
+    parity = {
+        "error": 0.01,
+        "divergence": 1e-5,
+        "top1": 0.97,
+        "same_greedy": 20,
+        "greedy": 24,
+        "problem": None,
+    }
+    peaks = {
+        "threads": 2,
+        "fma_flops": 4e11,
+        "read_bytes": 4e10,
+        "product_flops": {"fp32": 2e11, "bf16": 8e11, "int8": 1.6e12},
+    }
+    engines = {"jamba": engine(2000.0), "transformers": engine(100.0), "llama.cpp F16": engine(800)}
+    return {
+        "command": "python -m benchmarks.cpu_inference --shape tiny",
+        "hardware": {"processor": "Example", "torch": "2", "commit": "abc"},
+        "peaks": peaks,
+        "peaks_after": peaks,
+        "fma_nanoseconds": 0.2,
+        "blocks": [
+            {
+                "shape": "tiny",
+                "type": "bf16",
+                "weight_bytes": 2**30,
+                "parity": {"engines": {name: dict(parity) for name in engines}},
+                "speed": {
+                    "prefill 512": {
+                        "rows": 512,
+                        "roofline_tokens_per_second": 4000.0,
+                        "engines": engines,
+                    }
+                },
+                "cold": {
+                    "jamba": {
+                        "first_token": engine(1.0),
+                        "seconds": 0.75,
+                        "peak_bytes": 2**30,
+                    }
+                },
+            }
+        ],
+    }
+
+
+def test_a_clean_result_has_ratios_and_no_problem():
+    found = result()
+    judge_again(found)
+    assert problems_of(found) == []
+    text = markdown(found)
+    assert "| bf16, prefill 512 | 2,000 | 4,000 | 50 % | transformers 100 (20.00x), " in text
+    assert "llama.cpp F16 800 (2.50x) |" in text
+    assert "| jamba bf16 | 0.75 s | 1.00 GiB | 1.00 GiB |" in text
+    assert "python -m benchmarks.cpu_inference --shape tiny" in text
+
+
+def test_a_contaminated_number_is_in_brackets_and_so_is_every_ratio_to_it():
+    found = result()
+    found["blocks"][0]["speed"]["prefill 512"]["engines"]["transformers"]["problem"] = "noise"
+    text = markdown(found)
+    assert (
+        "| 2,000 | 4,000 | 50 % | transformers [100] ([20.00x]), llama.cpp F16 800 (2.50x) |"
+        in text
+    )
+    assert problems_of(found) == ["tiny bf16, prefill 512, transformers: noise"]
+
+
+def test_a_block_that_was_taken_before_the_machine_became_faster_is_marked_afterwards():
+    found = result()
+    found["fma_nanoseconds"] = 0.18
+    judge_again(found)
+    assert len(problems_of(found)) == 4
+    assert "later 0.1800 ns" in problems_of(found)[0]
+
+
+def test_limits_that_changed_during_the_run_are_a_problem():
+    found = result()
+    found["peaks_after"] = {**found["peaks"], "read_bytes": 3e10}
+    (problem,) = calibration_problems(found["peaks"], found["peaks_after"])
+    assert "memory reads were at 4e+10 a second before the run and 3e+10 after" in problem
+    assert problem in problems_of(found)
+
+
+def test_an_engine_that_computes_something_else_is_named():
+    found = result()
+    found["blocks"][0]["parity"]["engines"]["jamba"]["problem"] = "its logits are off"
+    assert problems_of(found) == ["tiny bf16, jamba: its logits are off"]
+    assert "not measured: its logits are off" in markdown(found)
+
+
+def test_a_run_without_ours_has_no_ratios():
+    found = result()
+    del found["blocks"][0]["speed"]["prefill 512"]["engines"]["jamba"]
+    assert "| bf16, prefill 512 | not run | 4,000 |  | transformers 100 (ours not run)" in markdown(
+        found
+    )
+
+
+def test_the_picture_has_a_bar_for_every_engine_and_is_written(tmp_path: Path):
+    found = result()
+    bars = bars_of(found["blocks"])
+    assert [(name, speed) for _, name, speed, _ in bars] == [
+        ("jamba", 2000.0),
+        ("transformers", 100.0),
+        ("llama.cpp F16", 800),
+    ]
+    assert labels_of(found["blocks"]) == ["bf16, prefill 512"]
+    plot(found, tmp_path / "cpu.png")
+    assert (tmp_path / "cpu.png").read_bytes()[:4] == b"\x89PNG"

@@ -1,0 +1,71 @@
+"""Samples are taken in turn, between probes, until enough are quiet or patience ends."""
+
+from __future__ import annotations
+
+from benchmarks.calibration import probe
+from benchmarks.engine_worker import random_ids
+from benchmarks.prediction import missed, speeds_of, table
+from benchmarks.quiet import Sample, judge
+from benchmarks.selective_scan import by_scan
+from benchmarks.timing import Patience, Stopwatch, timed
+
+
+def test_what_is_compared_takes_turns_and_the_warm_up_does_not_count():
+    order: list[str] = []
+
+    def action(name: str, seconds: float):
+        def run() -> float:
+            order.append(name)
+            return seconds
+
+        return run
+
+    said: list[str] = []
+    watch = Stopwatch(threads=1, log=said.append)
+    found = watch.alternate({"a": action("a", 1.0), "b": action("b", 2.0)}, Patience(50, 3, 60.0))
+    assert order == ["a", "b"] * 4
+    assert found["a"].raw == (1.0,) * 3
+    assert found["b"].raw == (2.0,) * 3
+    assert watch.reference is not None
+    assert any("a: 1000 ms" in line for line in said), "the raw values are told"
+
+
+def test_patience_ends():
+    watch = Stopwatch(threads=1, log=lambda text: None)
+    found = watch.alternate({"a": timed(lambda: None)}, Patience(50, 1000, 0.0))
+    assert len(found["a"].raw) == 1
+    assert found["a"].problem is not None
+
+
+def test_a_probe_is_the_time_of_a_multiply_add():
+    found = probe(1, rest_seconds=0.0)
+    # From one at a time on a slow core to four at once on a fast one.
+    assert 0.02 < found.own < 5.0
+    assert found.wall > 0.02
+
+
+def test_the_same_prompt_is_read_every_time():
+    assert random_ids(100, 2, 5) == random_ids(100, 2, 5)
+    assert all(0 <= one < 100 for ids in random_ids(100, 3, 50) for one in ids)
+
+
+def test_times_of_scans_are_sorted_into_a_row_for_each():
+    sample = Sample(seconds=1.0, before=0.2, after=0.2, others=0.0, available=2.0)
+    verdict = judge([sample] * 3)
+    assert by_scan({"avx2 forward": verdict, "avx2 forward+backward": verdict}, 10**9) == {
+        "avx2": {"forward": 1.0, "forward+backward": 1.0}
+    }
+
+
+def test_predictions_are_held_against_measurements():
+    answer = {
+        "prediction": {phase: {"tokens_per_second": 90.0} for phase in ("prefill", "decode")},
+        "prefill_tokens_per_second": {"median": 100.0},
+        "decode_tokens_per_second": {"median": 60.0},
+    }
+    predicted, measured = speeds_of("predicted", answer), speeds_of("measured", answer)
+    row = {"shape": "tiny", "type": "bf16", "predicted": predicted, "measured": measured}
+    assert "| tiny bf16 | prefill | 90.0 | 100.0 | 0.90 |" in table([{**row, "problem": None}])
+    assert "| 1.50 |" in table([{**row, "problem": None}])
+    assert "| [1.50] |" in table([{**row, "problem": "noise"}])
+    assert missed([row]) == ["tiny bf16, decode"]

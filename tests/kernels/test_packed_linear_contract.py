@@ -1,0 +1,178 @@
+"""What every back-end owes for products with packed matrices."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from jamba_lm.kernels import native_products, ops
+from jamba_lm.kernels.library import loaded_library
+from jamba_lm.kernels.packed_weights import Int4Weight, Int8Weight, PackedWeight
+from jamba_lm.quantization.grid import quantize_int4
+from tests.tolerances import PACKED_LINEAR, assert_within
+
+BACKENDS = ["reference", "native"]
+PATHS = loaded_library().paths_here
+KINDS = {
+    "int8": Int8Weight.quantize,
+    "int4 by 32": lambda weight: quantize_int4(weight, 32),
+    "int4 by 64": lambda weight: quantize_int4(weight, 64),
+}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+# Rows, outputs, inputs: one row, a few, many; outputs that fill no vector; more groups than a
+# kernel unpacks at once.
+SHAPES = [
+    (1, 1, 64),
+    (1, 48, 128),
+    (3, 17, 192),
+    (8, 33, 64),
+    (16, 5, 2048),
+    (2, 6, 4160),
+    (70, 96, 256),
+]
+
+
+def tolerance(backend: str, dtype: str) -> float:
+    return PACKED_LINEAR[f"native {dtype}" if backend == "native" else dtype]
+
+
+def defined(x: Tensor, weight: PackedWeight, bias: Tensor | None) -> Tensor:
+    """Multiply in float64 with the matrix that the weight stands for, written out."""
+    if isinstance(weight, Int8Weight):
+        matrix = weight.values_OI.double() * weight.scale_O.double()[:, None]
+    else:
+        outputs, inputs = weight.shape
+        matrix = torch.empty(outputs, inputs, dtype=torch.float64)
+        for i in range(inputs):
+            run, place = divmod(i, 32)
+            byte = weight.packed[:, 16 * run + place % 16]
+            q = (byte >> 4 if place >= 16 else byte & 15).double()
+            group = i // weight.group
+            matrix[:, i] = q * weight.scale_OJ[:, group].double()
+            matrix[:, i] += weight.minimum_OJ[:, group].double()
+    y = x.double() @ matrix.t()
+    return y if bias is None else y + bias.double()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_the_product_is_that_of_the_matrix_it_stands_for(backend, kind, shape, dtype):
+    rows, outputs, inputs = shape
+    weight = KINDS[kind](torch.randn(outputs, inputs))
+    x = torch.randn(rows, inputs).to(DTYPES[dtype])
+    for bias in (None, torch.randn(outputs).to(DTYPES[dtype])):
+        y = ops.packed_linear(x, weight, bias, backend=backend)
+        assert y.dtype == x.dtype
+        assert_within(y, defined(x, weight, bias), tolerance(backend, dtype))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@settings(max_examples=60)
+@given(
+    rows=st.integers(0, 20),
+    outputs=st.integers(1, 40),
+    runs=st.integers(1, 6),
+    kind=st.sampled_from(list(KINDS)),
+    dtype=st.sampled_from(list(DTYPES)),
+    size=st.sampled_from([1e-6, 1.0, 1e6]),
+    seed=st.integers(0, 2**32 - 1),
+)
+def test_any_shape_gives_the_product(backend, rows, outputs, runs, kind, dtype, size, seed):
+    draw = torch.Generator().manual_seed(seed)
+    weight = KINDS[kind](size * torch.randn(outputs, 64 * runs, generator=draw))
+    x = torch.randn(rows, 64 * runs, generator=draw).to(DTYPES[dtype])
+    y = ops.packed_linear(x, weight, backend=backend)
+    assert y.shape == (rows, outputs)
+    if rows:
+        expected = defined(x, weight, None)
+        # A sum near zero is as exact as its terms are large.
+        terms = x.double().abs() @ defined(torch.eye(64 * runs), weight, None).abs()
+        error = (y.double() - expected).abs()
+        per_term = tolerance(backend, dtype if backend == "native" else "fp32")
+        allowed = per_term * terms + tolerance(backend, dtype) * expected.abs()
+        assert (error <= allowed).all()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_row_has_the_same_product_alone_and_among_others(backend, kind):
+    weight = KINDS[kind](torch.randn(40, 256))
+    x = torch.randn(33, 256)
+    together = ops.packed_linear(x, weight, backend=backend)
+    for rows in (slice(0, 1), slice(5, 9), slice(16, 33)):
+        alone = ops.packed_linear(x[rows], weight, backend=backend)
+        assert_within(alone, together[rows], tolerance(backend, "fp32"))
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_sums_of_the_largest_integers_do_not_overflow(path):
+    inputs = 1 << 15
+    weight = Int8Weight.quantize(torch.ones(5, inputs))
+    y = native_products.packed_linear(torch.ones(3, inputs), weight, path=path)
+    assert_within(y, torch.full((3, 5), float(inputs)), PACKED_LINEAR["fp32"])
+
+
+@pytest.mark.parametrize("inputs", [1, 7, 33, 100, 8200])
+@pytest.mark.parametrize("path", PATHS)
+def test_rows_in_eight_bits_may_have_any_length(path, inputs):
+    weight, x = Int8Weight.quantize(torch.randn(9, inputs)), torch.randn(3, inputs)
+    y = native_products.packed_linear(x, weight, path=path)
+    assert_within(y, defined(x, weight, None), PACKED_LINEAR["native fp32"])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("path", PATHS)
+def test_every_instruction_set_gives_the_product_and_the_matrix(path, kind):
+    weight, x = KINDS[kind](torch.randn(70, 4160)), torch.randn(7, 4160)
+    y = native_products.packed_linear(x, weight, path=path)
+    assert_within(y, defined(x, weight, None), PACKED_LINEAR["native fp32"])
+    assert torch.equal(
+        native_products.unpack(weight, torch.float32, path=path), weight.dequantize()
+    )
+    alone = native_products.packed_linear(x[3:4], weight, path=path)
+    assert torch.equal(alone, y[3:4])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_strided_inputs_are_read_as_they_lie(backend, kind):
+    weight = KINDS[kind](torch.randn(10, 64))
+    holder = torch.randn(6, 3, 64)
+    for x in (holder[:, 1], torch.randn(64, 6).t()):
+        before = x.clone()
+        expected = ops.packed_linear(x.contiguous(), weight, backend=backend)
+        assert_within(ops.packed_linear(x, weight, backend=backend), expected, 1e-6)
+        assert torch.equal(x, before)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_gradient_passes_through_to_the_inputs(kind):
+    weight = KINDS[kind](torch.randn(12, 64))
+    x = torch.randn(3, 64, requires_grad=True)
+    ops.packed_linear(x, weight).sum().backward()
+    expected = weight.dequantize().sum(0).expand(3, -1)
+    assert_within(x.grad, expected, PACKED_LINEAR["fp32"])
+
+
+@pytest.mark.parametrize(
+    ("x", "bias", "message"),
+    [
+        (torch.zeros(2, 32), None, "x_MI has shape \\(2, 32\\), expected \\(2, 64\\)"),
+        (torch.zeros(64), None, "x_MI has shape"),
+        (torch.zeros(2, 64), torch.zeros(4), "bias_O has shape \\(4,\\), expected \\(3,\\)"),
+        (torch.zeros(2, 64, device="meta"), None, "the weight is on cpu, the input on meta"),
+    ],
+)
+def test_wrong_shapes_and_places_are_refused(x, bias, message):
+    with pytest.raises(ValueError, match=message):
+        ops.packed_linear(x, Int8Weight.quantize(torch.randn(3, 64)), bias)
+
+
+def test_four_bits_come_in_two_classes_of_groups():
+    assert {KINDS[kind](torch.randn(2, 64)).group for kind in KINDS if "4" in kind} == {32, 64}
+    assert isinstance(KINDS["int4 by 64"](torch.randn(2, 64)), Int4Weight)
