@@ -12,11 +12,12 @@ import json
 import sys
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+
+from jamba_lm.analysis.machine import peak_memory
 
 # What the model reads; any text would do, for none of it is looked at.
 SEED = 0
@@ -145,13 +146,8 @@ def save_logits(engine: Engine, ids: list[int], out: str) -> dict[str, Any]:
 
 
 def memory(engine: Engine) -> dict[str, Any]:
-    """Return the most memory this process has had.
-
-    Not getrusage: its maximum begins with that of the process that started this one.
-    """
-    status = Path("/proc/self/status").read_text(encoding="ascii")
-    (line,) = (line for line in status.splitlines() if line.startswith("VmHWM:"))
-    return {"peak_bytes": int(line.split()[1]) * 1024}
+    """Return the most memory this process has had."""
+    return {"peak_bytes": peak_memory()}
 
 
 DEEDS: dict[str, Callable[..., dict[str, Any]]] = {

@@ -10,11 +10,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
 import tempfile
 import time
 from pathlib import Path
 
+from jamba_lm.analysis.machine import peak_memory
 from jamba_lm.checkpoint.random_init import write_random_checkpoint
 from jamba_lm.presets import preset
 
@@ -32,8 +32,7 @@ def main() -> None:
         written = write_random_checkpoint(Path(folder, "x"), preset(arguments.preset))
         seconds = time.monotonic() - started
         cpu_seconds = time.process_time() - cpu_started
-    # Linux counts the peak in KiB.
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    peak = peak_memory()
     if arguments.json:
         result = {
             "preset": arguments.preset,

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import platform
-import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from jamba_lm.analysis.machine import peak_memory
 from jamba_lm.cli.options import (
     BackendOption,
     DtypeOption,
@@ -80,7 +80,7 @@ def bench(
         **summary(workload, timings[1:]),
         "drafting": None if timings[-1].drafting is None else asdict(timings[-1].drafting),
         "memory": {
-            "peak_bytes": peak_bytes(),
+            "peak_bytes": peak_memory(),
             "weight_bytes": language_model.weight_bytes,
             "state_bytes": timings[-1].state_bytes,
         },
@@ -109,15 +109,6 @@ def spread(rates: Sequence[float]) -> dict[str, float]:
     import statistics  # brings half a dozen modules that no other command needs
 
     return {"median": statistics.median(rates), "min": min(rates), "max": max(rates)}
-
-
-def peak_bytes() -> int:
-    """Return the most memory that this process has had, in bytes."""
-    import resource  # exists on Unix only, and `jamba --help` should work everywhere
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    # Linux counts in KiB, macOS in bytes.
-    return peak if sys.platform == "darwin" else peak * 1024
 
 
 def describe_machine() -> dict[str, Any]:
