@@ -67,6 +67,10 @@ TRAINING = {
     "loss gradient bf16": 2e-2,
     # Three steps of the same float32 formula, evaluated in another order.
     "adamw": 1e-5,
+    # Sums over the same rows in another order, through four layers.
+    "accumulated gradient": 2e-5,
+    # The same formula, added on the way back instead of at the end.
+    "penalty": 1e-5,
     # 200 additions of 1e-5 to float32 weights of up to 0.8: 200 roundings of up to 3e-8 in 2e-3.
     "many small steps": 1e-2,
 }
@@ -181,3 +185,22 @@ STEP = {
     # Inputs of packed matrices are rounded to 15 bits below the largest of their row.
     "packed": 1e-3,
 }
+
+MANY_ROWS = {
+    # Sums of a thousand products in another order than float64's.
+    "torch.float32": 3e-6,
+    # The result is rounded to 8 bits of mantissa.
+    "torch.bfloat16": 4e-3,
+    # So are the weights, before.
+    "rounded": 6e-3,
+}
+
+PREFILL = {
+    # Sums in another order through up to six layers, and through a thousand tokens of states: twice
+    # as much as the modules of one instruction set differ from those of another.
+    "fp32": 3e-5,
+}
+
+# The mean of independent agreements lies within four standard deviations of what is estimated, but
+# for one time in sixteen thousand; the seeds are fixed.
+MINHASH_DEVIATIONS = 4.0

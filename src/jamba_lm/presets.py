@@ -48,6 +48,14 @@ PRESETS: Mapping[str, JambaConfig] = MappingProxyType(
         "jamba2-mini": _MINI.replace(eos_ids=(519,)),
         # The model inside this package.
         "demo": _SMALL.replace(vocab_size=4096, d_ff=128, num_experts=8, tie_embeddings=True),
+        # The same six times as large, for a run of two hours on two cores.
+        "demo-50m": _SMALL.replace(
+            vocab_size=8192,
+            d_model=384,
+            num_heads=6,
+            num_experts=16,
+            tie_embeddings=True,
+        ),
         # Shapes to measure with, not models to use.
         "tiny": _SMALL,
         "mid": _SMALL.replace(

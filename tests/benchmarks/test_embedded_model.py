@@ -18,7 +18,7 @@ from jamba_lm.errors import DataError
 from jamba_lm.model.layout import draw_layers
 from jamba_lm.presets import preset
 from jamba_lm.sampling import Sampling
-from jamba_lm.training.recipe import load_recipe
+from jamba_lm.training.recipe_file import load_recipe
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDER = jamba_lm.embedded_model_path()

@@ -23,7 +23,8 @@ from jamba_lm.errors import (
 from jamba_lm.training import loop
 from jamba_lm.training.checkpointing import checkpoints, read_checkpoint
 from jamba_lm.training.learner import Learner
-from jamba_lm.training.recipe import Recipe, load_recipe
+from jamba_lm.training.recipe import Recipe
+from jamba_lm.training.recipe_file import load_recipe
 from jamba_lm.training.run_folder import only_run_in
 from tests.training.tiny_run import log_of, write_tiny_run
 
@@ -143,7 +144,7 @@ def test_passes_are_summed_into_the_gradient_of_one_large_batch(recipe_path, tmp
     found = []
     for name, one in (("whole", whole), ("parts", parts)):
         learner = Learner(one, None, tmp_path)
-        record = learner.step()
+        (record,) = learner.step()
         assert record["tokens_seen"] == 48, name
         found.append(record)
     assert found[0]["gradient_norm"] == pytest.approx(found[1]["gradient_norm"], rel=0.3)

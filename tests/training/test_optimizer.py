@@ -10,6 +10,7 @@ import torch
 from jamba_lm.errors import CheckpointError
 from jamba_lm.model.decoder import Decoder
 from jamba_lm.model.initialization import initialize
+from jamba_lm.training import optimizer as shards
 from jamba_lm.training.optimizer import MasterAdamW, decays, learning_rate_at
 from jamba_lm.training.recipe import OptimizerSection, ScheduleSection
 from tests.tiny_checkpoint import tiny_config
@@ -39,7 +40,10 @@ def test_only_matrices_decay():
     assert {"head.weight", "blocks.0.mixer.in_proj.weight", "blocks.0.mixer.conv_CW"} <= names
 
 
-def test_a_step_is_torchs_adamw():
+@pytest.mark.parametrize("values", [100, shards.SHARD_VALUES])
+def test_a_step_is_torchs_adamw(monkeypatch, values):
+    """Also where a parameter is cut into several shards."""
+    monkeypatch.setattr(shards, "SHARD_VALUES", values)
     settings = OptimizerSection(weight_decay=0.3, clip_norm=1e9)
     decoder, other = tiny_decoder(), tiny_decoder()
     own = MasterAdamW(decoder, settings)
@@ -78,6 +82,31 @@ def test_gradients_of_several_passes_are_summed_and_cleared():
     optimizer.collect()
     once = optimizer.step(0.0)
     assert twice == pytest.approx(2 * once)
+
+
+def test_the_norm_is_told_for_each_parameter_and_for_all(monkeypatch):
+    monkeypatch.setattr(shards, "SHARD_VALUES", 100)
+    decoder = tiny_decoder()
+    optimizer = MasterAdamW(decoder, OptimizerSection())
+    give_gradients(decoder, 0)
+    expected = {name: p.grad.norm().item() for name, p in decoder.named_parameters()}
+    whole = torch.cat([p.grad.flatten() for p in decoder.parameters()]).norm().item()
+    optimizer.collect()
+    found = optimizer.gradient_norms()
+    assert found == pytest.approx(expected, rel=1e-5)
+    assert shards.whole_norm(found) == pytest.approx(whole, rel=1e-5)
+
+
+def test_what_was_collected_can_be_forgotten():
+    decoder = tiny_decoder()
+    optimizer = MasterAdamW(decoder, OptimizerSection())
+    give_gradients(decoder, 0, scale=100.0)
+    optimizer.collect()
+    optimizer.forget()
+    give_gradients(decoder, 1)
+    expected = torch.cat([p.grad.flatten() for p in decoder.parameters()]).norm().item()
+    optimizer.collect()
+    assert optimizer.step(0.0) == pytest.approx(expected, rel=1e-5)
 
 
 def test_clipping_bounds_the_whole_gradient():

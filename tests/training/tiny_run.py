@@ -9,7 +9,7 @@ from typing import Any
 from tests.tiny_checkpoint import TINY_TEXT, write_tiny_tokenizer
 
 # Fields of the log that say how long something took.
-TIMES = ("seconds",)
+TIMES = ("seconds", "tokens_per_second", "mfu")
 
 RECIPE = """
 [model]

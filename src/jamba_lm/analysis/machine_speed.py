@@ -33,8 +33,8 @@ def measure_speeds(working_set: int = LARGEST_SET) -> Speeds:
             into a cache is read faster. At most `LARGEST_SET` are used.
     """
     amounts: dict[Unit, float] = {
-        "fp32": _product_speed(torch.float32),
-        "bf16": _product_speed(torch.bfloat16),
+        "fp32": product_speed(torch.float32),
+        "bf16": product_speed(torch.bfloat16),
         "int8": _int8_product_speed(),
         "scan": _scan_speed(),
     }
@@ -54,7 +54,8 @@ def read_speed(working_set: int) -> float:
     return weight.nbytes / _best_seconds(lambda: torch.mv(weight, x))
 
 
-def _product_speed(dtype: torch.dtype) -> float:
+def product_speed(dtype: torch.dtype) -> float:
+    """Return the operations a second of a large matrix product of this type."""
     x = torch.ones(PRODUCT_ROWS, PRODUCT_WIDTH, dtype=dtype)
     w = torch.ones(PRODUCT_WIDTH, PRODUCT_WIDTH, dtype=dtype)
     return _product_amount() / _best_seconds(lambda: F.linear(x, w))

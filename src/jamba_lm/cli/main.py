@@ -17,6 +17,7 @@ from jamba_lm import __version__
 from jamba_lm.cli.bench import bench
 from jamba_lm.cli.chat import chat
 from jamba_lm.cli.convert import convert
+from jamba_lm.cli.data import app as data_app
 from jamba_lm.cli.doctor import doctor
 from jamba_lm.cli.generate import generate
 from jamba_lm.cli.init import init
@@ -25,7 +26,7 @@ from jamba_lm.cli.plan import plan
 from jamba_lm.cli.quantize import quantize
 from jamba_lm.cli.score import score
 from jamba_lm.cli.tokenizer import app as tokenizer_app
-from jamba_lm.cli.train import train
+from jamba_lm.cli.train import app as train_app
 from jamba_lm.errors import JambaError
 
 app = typer.Typer(
@@ -72,7 +73,8 @@ app.command()(generate)
 app.command()(chat)
 app.command()(score)
 app.command()(bench)
-app.command()(train)
+app.add_typer(data_app, name="data")
+app.add_typer(train_app, name="train")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -1,4 +1,4 @@
-"""`jamba train`: carry out a training recipe."""
+"""`jamba train`: carry out a training recipe, or draw the curves of runs."""
 
 from __future__ import annotations
 
@@ -9,11 +9,40 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 from jamba_lm.cli.options import BackendOption, JsonOption, ThreadsOption, use_threads
 from jamba_lm.errors import InputError
 
+RUN = "run"
 
+
+class _RunUnlessNamed(TyperGroup):
+    """Takes `jamba train RECIPE` as `jamba train run RECIPE`."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        known = {*self.commands, *ctx.help_option_names}
+        if args and args[0] not in known:
+            args = [RUN, *args]
+        return super().parse_args(ctx, args)
+
+
+HELP = "Train a model as RECIPE says (`jamba train RECIPE --out DIR`), or draw the curves of runs."
+app = typer.Typer(
+    cls=_RunUnlessNamed,
+    help=HELP,
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+
+
+@app.callback(help=HELP)
+def group() -> None:
+    """Hold the commands together."""
+
+
+@app.command(RUN)
 def train(
     recipe: Annotated[
         Path,
@@ -49,15 +78,19 @@ def train(
     last checkpoint, and resumed it ends with the same bits.
     """
     from jamba_lm.cli.output import Output, Progress
-    from jamba_lm.training.recipe import load_recipe
+    from jamba_lm.training.recipe_file import load_recipe
 
     if resume and auto:
         raise InputError("--resume and --auto were both given: --auto resumes by itself")
     resolved = load_recipe(recipe, changes or [])
     use_threads(threads)
+    from jamba_lm.analysis.machine_speed import product_speed
+    from jamba_lm.training.learner import DTYPES
     from jamba_lm.training.loop import Resume
     from jamba_lm.training.loop import train as carry_out
+    from jamba_lm.training.pages import keep_freed_pages
 
+    keep_freed_pages()
     output = Output(json_wanted)
     mode: Resume = "always" if resume else "auto" if auto else "never"
     with ExitStack() as stack:
@@ -79,15 +112,27 @@ def train(
                 )
             elif record["event"] == "step":
                 first = record["step"] - 1 if first is None else first
-                now = record["tokens_seen"] / record["step"] / record["seconds"]
+                now = record["tokens_per_second"]
                 rate = 0.95 * rate + 0.05 * now if rate else now
+                if "spike" in record:
+                    output.note(
+                        f"step {record['step']:,}: the loss spiked to {record['loss']:.3f}, "
+                        f"{record['spike']}"
+                    )
                 line(first).update(
                     record["step"] - first,
                     f"{rate:,.0f} tokens/s, loss {record['loss']:.3f}, "
                     f"balance {record['balance_loss']:.3f}",
                 )
 
-        outcome = carry_out(resolved, out, resume=mode, backend=backend, report=report)
+        outcome = carry_out(
+            resolved,
+            out,
+            resume=mode,
+            backend=backend,
+            report=report,
+            peak_flops=product_speed(DTYPES[resolved.training.dtype]),
+        )
     progress, validation = outcome.progress, outcome.validation
     if outcome.finished and validation is not None:
         output.line(
@@ -109,3 +154,39 @@ def train(
             "model": None if outcome.model_folder is None else str(outcome.model_folder),
         }
     )
+
+
+@app.command()
+def plot(
+    folders: Annotated[
+        list[Path],
+        typer.Argument(metavar="DIR...", help="Folders of runs.", show_default=False),
+    ],
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Picture to write, .png, .svg or .pdf; curves.png in the first DIR when not said.",
+            show_default=False,
+        ),
+    ] = None,
+    json_wanted: JsonOption = False,
+) -> None:
+    """Draw loss, held-out bits per byte, gradient norm and balance of runs over their tokens."""
+    from jamba_lm.cli.output import Output
+    from jamba_lm.training.curves import draw, read_run, summary
+
+    output = Output(json_wanted)
+    runs = [read_run(folder) for folder in folders]
+    path = folders[0] / "curves.png" if out is None else out
+    draw(runs, path)
+    found = [summary(run) for run in runs]
+    for one in found:
+        bits = one["bits_per_byte"]
+        held_out = "" if bits is None else f", {bits:.4f} bits per byte held out"
+        output.line(
+            f"{one['run']}: {one['steps']:,} steps, {one['tokens']:,} tokens, loss "
+            f"{one['loss']:.3f}{held_out}"
+        )
+    output.line(f"the curves are in {path}")
+    output.result({"picture": str(path), "runs": found})

@@ -8,12 +8,13 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
+from jamba_lm.corpus.mixture import MixedPosition
 from jamba_lm.data import Position
 from jamba_lm.errors import CheckpointError
 from jamba_lm.files import parse_json
@@ -33,12 +34,14 @@ class Progress:
         position: where the data goes on.
         log_bytes: length of the log at this point; what comes after belongs to steps that a
             resumed run takes again.
+        recent_losses: of the last steps, with which the next one's is compared.
     """
 
     steps_done: int = 0
     tokens_seen: int = 0
-    position: Position = field(default_factory=Position)
+    position: Position | MixedPosition | None = None
     log_bytes: int = 0
+    recent_losses: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,6 +93,12 @@ def write_checkpoint(folder: Path, run: SavedRun, *, keep: int) -> Path:
     return path
 
 
+def _position(value: Mapping[str, Any] | None) -> Position | MixedPosition | None:
+    if value is None:
+        return None
+    return MixedPosition.from_json(value) if "sources" in value else Position(**value)
+
+
 def read_checkpoint(path: Path) -> SavedRun:
     """Read a checkpoint.
 
@@ -111,7 +120,8 @@ def read_checkpoint(path: Path) -> SavedRun:
 
     values = section("progress")
     try:
-        values["position"] = Position(**values["position"])
+        values["position"] = _position(values["position"])
+        values["recent_losses"] = tuple(map(float, values.get("recent_losses", ())))
         progress = Progress(**values)
         threads = int(file.metadata["threads"])
         data = file.metadata["data"]

@@ -12,15 +12,15 @@ import shutil
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import FrameType
 from typing import Any, Literal
 
 from jamba_lm.checkpoint.huggingface import write_decoder
-from jamba_lm.errors import InputError
+from jamba_lm.errors import InputError, RecipeError
 from jamba_lm.files import make_folder, write_atomic
 from jamba_lm.kernels import ops
 from jamba_lm.training.checkpointing import (
@@ -35,7 +35,13 @@ from jamba_lm.training.optimizer import MasterAdamW
 from jamba_lm.training.recipe import Recipe
 from jamba_lm.training.recipe_record import check_continuation, to_toml
 from jamba_lm.training.run_folder import RunLog, only_run_in, write_record
+from jamba_lm.training.run_text import tokenizer_folder
+from jamba_lm.training.tensorboard_log import TensorBoardLog
+from jamba_lm.training.utilization import training_flops
 from jamba_lm.training.validation import Validation
+
+# Returns to one and the same checkpoint, after which the data is not to blame.
+MOST_ROLL_BACKS = 3
 
 Resume = Literal["never", "always", "auto"]
 Report = Callable[[Mapping[str, Any]], None]
@@ -65,6 +71,7 @@ def train(
     resume: Resume = "never",
     backend: str | None = None,
     report: Report = lambda record: None,
+    peak_flops: float | None = None,
 ) -> Outcome:
     """Carry out `recipe` in `folder`, from the start or from the newest checkpoint there.
 
@@ -78,6 +85,8 @@ def train(
         resume: "never" refuses a folder that holds a run, "always" one that holds none.
         backend: kernel back-end by name; None takes the fastest that can.
         report: told of every record of the log.
+        peak_flops: of this machine's matrix products, a second; steps are then logged with the
+            share of it that the model's own products come to.
 
     Raises:
         InputError: the folder is in use, holds a run or holds none (see `resume`), or cannot be
@@ -97,8 +106,14 @@ def train(
         make_folder(folder / "checkpoints")
         write_atomic(folder / "recipe.toml", lambda file: _write(file, to_toml(recipe)))
         write_record(folder, learner.record())
-        with RunLog(folder, learner.progress.log_bytes) as log, _stop_signals() as stop:
-            return _Run(recipe, folder, learner, log, stop, report).go(changed)
+        with ExitStack() as stack:
+            log = stack.enter_context(RunLog(folder, learner.progress.log_bytes))
+            stop = stack.enter_context(_stop_signals())
+            told = [log.write, report]
+            if recipe.watch.tensorboard:
+                board = TensorBoardLog(folder, learner.progress.steps_done)
+                told.append(stack.enter_context(board).write)
+            return _Run(recipe, folder, learner, log, stop, told, peak_flops).go(changed)
 
 
 def _write(file: Any, text: str) -> None:
@@ -127,14 +142,17 @@ class _Run:
         learner: Learner,
         log: RunLog,
         stop: threading.Event,
-        report: Report,
+        told: Sequence[Report],
+        peak_flops: float | None,
     ) -> None:
         self._recipe = recipe
         self._folder = folder
         self._learner = learner
         self._log = log
         self._stop = stop
-        self._report = report
+        self._told = told
+        self._peak = peak_flops
+        self._rolled_back, self._rolled_back_to = 0, Path()
         self._saved_step = -1
         self._saved_at = time.monotonic()
         self._last: Validation | None = None
@@ -143,12 +161,14 @@ class _Run:
         learner, steps = self._learner, self._recipe.training.steps
         if changed:
             self._note({"event": "changed", "step": learner.progress.steps_done, "keys": changed})
+        if self._recipe.watch.spike == "rolled back" and not self._has_checkpoint():
+            self._save()
         while learner.progress.steps_done < steps and not self._stop.is_set():
-            started = time.perf_counter()
-            record = learner.step()
-            seconds = time.perf_counter() - started
-            self._note({**record, "seconds": round(seconds, 4)})
-            if record["step"] % self._recipe.validation.every_steps == 0 or record["step"] == steps:
+            if self._step().get("spike") == "rolled back":
+                self._roll_back()
+                continue
+            step = learner.progress.steps_done
+            if step % self._recipe.validation.every_steps == 0 or step == steps:
                 self._validate()
             self._save_if_due()
         if self._saved_step != learner.progress.steps_done:
@@ -163,9 +183,49 @@ class _Run:
             model_folder=self._export() if finished else None,
         )
 
+    def _step(self) -> Mapping[str, Any]:
+        """Take a step, log it, and return its record."""
+        learner, before = self._learner, self._learner.progress
+        every = self._recipe.watch.every_steps
+        started = time.perf_counter()
+        record, *more = learner.step(watch=bool(every) and (before.steps_done + 1) % every == 0)
+        seconds = time.perf_counter() - started
+        tokens = learner.progress.tokens_seen - before.tokens_seen
+        speed: dict[str, Any] = {
+            "seconds": round(seconds, 4),
+            "tokens_per_second": round(tokens / seconds, 1),
+        }
+        if self._peak is not None:
+            flops = training_flops(self._recipe.model, tokens)
+            speed["mfu"] = round(flops / seconds / self._peak, 4)
+        self._note({**record, **speed})
+        for one in more:
+            self._note(one)
+        return record
+
+    def _roll_back(self) -> None:
+        """Go back to the newest checkpoint, with the data moved on.
+
+        Raises:
+            RecipeError: it did not help before.
+        """
+        newest = checkpoints(self._folder / "checkpoints")[-1]
+        self._rolled_back = self._rolled_back + 1 if newest == self._rolled_back_to else 1
+        self._rolled_back_to = newest
+        step = self._learner.progress.steps_done
+        if self._rolled_back > MOST_ROLL_BACKS:
+            raise RecipeError(
+                f"the loss spiked again after {MOST_ROLL_BACKS} returns to {newest.name}: lower "
+                f"optimizer.learning_rate (now {self._recipe.optimizer.learning_rate:g}) and "
+                "start in another --out folder"
+            )
+        saved = read_checkpoint(newest)
+        self._learner.roll_back(saved)
+        self._note({"event": "rolled back", "step": step, "to_step": saved.progress.steps_done})
+
     def _note(self, record: Mapping[str, Any]) -> None:
-        self._log.write(record)
-        self._report(record)
+        for report in self._told:
+            report(record)
 
     def _validate(self) -> None:
         started = time.perf_counter()
@@ -173,6 +233,9 @@ class _Run:
         seconds = round(time.perf_counter() - started, 4)
         step = self._learner.progress.steps_done
         self._note({"event": "validation", "step": step, **asdict(self._last), "seconds": seconds})
+
+    def _has_checkpoint(self) -> bool:
+        return bool(checkpoints(self._folder / "checkpoints"))
 
     def _save_if_due(self) -> None:
         rules, step = self._recipe.checkpoint, self._learner.progress.steps_done
@@ -197,7 +260,7 @@ def export(recipe: Recipe, optimizer: MasterAdamW, folder: Path) -> None:
     """Write the model in the recipe's type as a Hugging Face folder, with its tokenizer."""
     dtype = DTYPES[recipe.training.dtype]
     write_decoder(folder, recipe.model, optimizer.masters(), dtype=dtype, overwrite=True)
-    for path in sorted(Path(recipe.data.tokenizer).iterdir()):
+    for path in sorted(tokenizer_folder(recipe).iterdir()):
         if path.name.startswith("tokenizer") or path.name == "generation_config.json":
             shutil.copyfile(path, folder / path.name)
 

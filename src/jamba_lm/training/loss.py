@@ -7,6 +7,7 @@ M rows, D model width, V vocabulary.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,25 +19,61 @@ from jamba_lm.data import IGNORED
 CHUNK_ROWS = 512
 
 
+@dataclass(frozen=True, slots=True)
+class SummedLosses:
+    """Sums over the rows that predict something, float32 scalars.
+
+    Attributes:
+        total: cross entropy plus coefficient times squares; the only one with a gradient.
+        entropy: -log softmax[target], in nats.
+        squares: (log sum exp of the logits)^2.
+    """
+
+    total: Tensor
+    entropy: Tensor
+    squares: Tensor
+
+
 def summed_cross_entropy(hidden_MD: Tensor, weight_VD: Tensor, targets_M: Tensor) -> Tensor:
     """Return the sum over rows of -log softmax(hidden weight^T)[target], in nats.
+
+    See `summed_losses`.
+    """
+    return summed_losses(hidden_MD, weight_VD, targets_M).total
+
+
+def summed_losses(
+    hidden_MD: Tensor, weight_VD: Tensor, targets_M: Tensor, z_coef: float = 0.0
+) -> SummedLosses:
+    """Return the summed cross entropy of softmax(hidden weight^T), and the z-loss beside it.
 
     Logits are made for `CHUNK_ROWS` rows at a time, and the gradient with them: nothing of size
     M x V is allocated, and nothing is computed twice. Rows whose target is `data.IGNORED` count
     nothing. The log-softmax is float32 whatever the type of the states.
 
+    Args:
+        hidden_MD: final hidden states.
+        weight_VD: what turns them into logits.
+        targets_M: the token to predict.
+        z_coef: of the squares, which keep the softmax's normaliser near one.
+
     Returns:
-        A float32 scalar, differentiable in `hidden_MD` and `weight_VD`.
+        `total` is differentiable in `hidden_MD` and `weight_VD`.
+
+    Source: z-loss: PaLM (arXiv 2204.02311), §5.
     """
-    summed: Tensor = _SummedCrossEntropy.apply(hidden_MD, weight_VD, targets_M)  # type: ignore[no-untyped-call]
-    return summed
+    apply = _SummedLosses.apply
+    return SummedLosses(*apply(hidden_MD, weight_VD, targets_M, z_coef))  # type: ignore[no-untyped-call]
 
 
-class _SummedCrossEntropy(torch.autograd.Function):
+class _SummedLosses(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden_MD: Tensor, weight_VD: Tensor, targets_M: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, hidden_MD: Tensor, weight_VD: Tensor, targets_M: Tensor, z_coef: float
+    ) -> tuple[Tensor, Tensor, Tensor]:
         wanted = any(ctx.needs_input_grad[:2])
-        total = hidden_MD.new_zeros((), dtype=torch.float32)
+        entropy = hidden_MD.new_zeros((), dtype=torch.float32)
+        squares = hidden_MD.new_zeros((), dtype=torch.float32)
         if wanted:
             hidden_gradient_MD = torch.empty_like(hidden_MD)
             weight_gradient_VD = torch.zeros_like(weight_VD, dtype=torch.float32)
@@ -47,27 +84,37 @@ class _SummedCrossEntropy(torch.autograd.Function):
             # In steps and in place: torch.logsumexp alone takes longer than the three matrix
             # products together.
             scores_MV = (hidden_MD[rows] @ weight_VD.T).float()
-            scores_MV -= scores_MV.amax(-1, keepdim=True)
+            largest_M1 = scores_MV.amax(-1, keepdim=True)
+            scores_MV -= largest_M1
             target_M1 = scores_MV.gather(1, column_M1)
             sum_M1 = scores_MV.exp_().sum(-1, keepdim=True)
-            total += (counted_M1 * (sum_M1.log() - target_M1)).sum()
+            log_sum_M1 = sum_M1.log()
+            entropy += (counted_M1 * (log_sum_M1 - target_M1)).sum()
+            z_M1 = log_sum_M1 + largest_M1
+            squares += (counted_M1 * z_M1.square()).sum()
             if wanted:
-                # d loss / d logits = softmax - one_hot(target)
-                scores_MV *= counted_M1 / sum_M1
+                # d entropy / d logits = softmax - one_hot(target), and d z^2 = 2 z softmax
+                share_M1 = counted_M1 / sum_M1
+                if z_coef:
+                    share_M1 *= 1.0 + 2.0 * z_coef * z_M1
+                scores_MV *= share_M1
                 slope_MV = scores_MV.scatter_add_(1, column_M1, -counted_M1).to(weight_VD.dtype)
                 hidden_gradient_MD[rows] = slope_MV @ weight_VD
                 weight_gradient_VD += slope_MV.T @ hidden_MD[rows]
         if wanted:
             ctx.save_for_backward(hidden_gradient_MD, weight_gradient_VD)
             ctx.weight_dtype = weight_VD.dtype
-        return total
+        ctx.mark_non_differentiable(entropy, squares)
+        # A tensor of its own: what is returned twice would be one output.
+        return entropy + z_coef * squares, entropy, squares
 
     @staticmethod
-    def backward(ctx: Any, *slopes: Tensor) -> tuple[Tensor, Tensor, None]:
+    def backward(ctx: Any, *slopes: Tensor) -> tuple[Tensor, Tensor, None, None]:
         hidden_gradient_MD, weight_gradient_VD = ctx.saved_tensors
-        (slope,) = slopes
+        slope = slopes[0]
         return (
             hidden_gradient_MD * slope.to(hidden_gradient_MD.dtype),
             (weight_gradient_VD * slope).to(ctx.weight_dtype),
+            None,
             None,
         )

@@ -6,12 +6,14 @@ Knows parameters by name, and neither data nor losses.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim.adamw import adamw
 
 from jamba_lm.errors import CheckpointError
 from jamba_lm.model.decoder import Decoder
@@ -19,6 +21,18 @@ from jamba_lm.training.recipe import OptimizerSection, ScheduleSection
 
 # What a training checkpoint calls the three float32 values that it keeps for each parameter.
 PARTS = ("master", "first_moment", "second_moment")
+
+# Values that are taken from their gradients to the rounded weights at one time: gradient, weight
+# and both moments (4 MiB together) then come from memory once a step, not once an operation.
+SHARD_VALUES = 1 << 18
+
+Spread = Callable[[Callable[[Any], Any], Sequence[Any]], list[Any]]
+"""Returns `work(item)` for each item, in order; may do several at the same time."""
+
+
+def one_by_one(work: Callable[[Any], Any], items: Sequence[Any]) -> list[Any]:
+    """Be a `Spread` that uses no other threads."""
+    return [work(item) for item in items]
 
 
 def decays(name: str, parameter: Tensor) -> bool:
@@ -54,18 +68,43 @@ def learning_rate_at(step: int, steps: int, peak: float, schedule: ScheduleSecti
 
 @dataclass(frozen=True, slots=True)
 class _Slice:
+    """Where a parameter lies in the long vectors."""
+
     name: str
     first: int
     end: int
     shape: torch.Size
 
 
+@dataclass(frozen=True, slots=True)
+class _Piece:
+    """A part of one parameter, or all of it: values `first` to `end` of its `start`th on."""
+
+    parameter: int
+    start: int
+    first: int
+    end: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Shard:
+    """Neighbouring pieces that are decayed alike."""
+
+    pieces: tuple[_Piece, ...]
+    weight_decay: float
+
+    @property
+    def all(self) -> slice:
+        return slice(self.pieces[0].first, self.pieces[-1].end)
+
+
 class MasterAdamW:
     """AdamW whose weights, gradients and moments are float32, in one long vector each.
 
     The model's own parameters are rounded copies of the master weights: in bfloat16 a step of
-    training is often smaller than the gap to the next number, and would be lost. One vector instead
-    of hundreds of tensors makes a step of a small model several times faster.
+    training is often smaller than the gap to the next number, and would be lost. The vectors are
+    cut into shards that do not depend on who works on them, so that the number of threads changes
+    no bit.
     """
 
     def __init__(self, decoder: Decoder, settings: OptimizerSection) -> None:
@@ -75,9 +114,10 @@ class MasterAdamW:
             decoder: its parameters are overwritten after every step.
             settings: the recipe's optimizer section.
         """
-        self._clip_norm = settings.clip_norm
+        self._settings = settings
+        self._spread: Spread = one_by_one
         named = list(decoder.named_parameters())
-        # Decaying parameters first: the two groups of the optimizer are two ranges.
+        # Decaying parameters first, so that few shards end before they are full.
         named.sort(key=lambda item: not decays(*item))
         self._copies = [[parameter for _, parameter in named]]
         ends = list(accumulate(parameter.numel() for _, parameter in named))
@@ -85,80 +125,143 @@ class MasterAdamW:
             _Slice(name, end - parameter.numel(), end, parameter.shape)
             for (name, parameter), end in zip(named, ends, strict=True)
         ]
-        border = sum(parameter.numel() for name, parameter in named if decays(name, parameter))
+        self._shards = [
+            _Shard(tuple(pieces), decay)
+            for decay, wanted in ((settings.weight_decay, True), (0.0, False))
+            for pieces in _shards(
+                [
+                    (number, one)
+                    for number, one in enumerate(self._slices)
+                    if decays(*named[number]) is wanted
+                ]
+            )
+        ]
         self._master = torch.cat([parameter.detach().float().flatten() for _, parameter in named])
         self._gradient = torch.zeros_like(self._master)
         self._first = torch.zeros_like(self._master)
         self._second = torch.zeros_like(self._master)
-        self._gradients = [
-            self._gradient[one.first : one.end].view(one.shape) for one in self._slices
+        self._steps_done = 0
+        self._collected = False
+
+    def share_out(self, decoders: Sequence[Decoder], spread: Spread) -> None:
+        """Keep more decoders at the same weights, and let `spread` share the work on shards out."""
+        self._copies += [
+            [decoder.get_parameter(one.name) for one in self._slices] for decoder in decoders
         ]
-        self._groups = []
-        for first, end, decay in (
-            (0, border, settings.weight_decay),
-            (border, len(self._master), 0.0),
-        ):
-            if first == end:
-                continue
-            vector = torch.nn.Parameter(self._master[first:end])
-            vector.grad = self._gradient[first:end]
-            self._groups.append((vector, first, end, decay))
-        self._adamw = torch.optim.AdamW(
-            [{"params": [vector], "weight_decay": decay} for vector, _, _, decay in self._groups],
-            betas=(settings.beta1, settings.beta2),
-            eps=settings.eps,
-            fused=True,
-        )
-        self._set_state(0)
+        self._spread = spread
 
-    def _set_state(self, steps_done: int) -> None:
-        for vector, first, end, _ in self._groups:
-            self._adamw.state[vector] = {
-                "step": torch.tensor(float(steps_done)),
-                "exp_avg": self._first[first:end],
-                "exp_avg_sq": self._second[first:end],
-            }
+    @torch.no_grad()
+    def collect(self, count: int = 1) -> None:
+        """Add the gradients of the first `count` decoders to the float32 sum, and clear them.
 
-    def add_copy(self, decoder: Decoder) -> None:
-        """Keep another decoder at the same weights; its gradients are collected by its number."""
-        self._copies.append([decoder.get_parameter(one.name) for one in self._slices])
-
-    def collect(self, copy: int = 0) -> None:
-        """Add the gradients of a decoder's parameters to the float32 sum, and clear them.
-
-        Args:
-            copy: 0 for the first decoder, 1 for the first that was added.
+        They are added one after the other, so that the sum does not depend on how many decoders
+        the passes of a step were shared out over.
         """
-        for parameter, sum_of in zip(self._copies[copy], self._gradients, strict=True):
-            # An expert that no row was sent to has none.
-            if parameter.grad is not None:
-                sum_of.add_(parameter.grad)
+        # An expert that no row was sent to has none.
+        found = [
+            [None if one.grad is None else one.grad.reshape(-1) for one in parameters]
+            for parameters in self._copies[:count]
+        ]
+
+        def add(shard: _Shard) -> None:
+            for piece in shard.pieces:
+                part = slice(piece.start, piece.start + piece.end - piece.first)
+                sum_of, empty = self._gradient[piece.first : piece.end], not self._collected
+                for gradients in found:
+                    gradient = gradients[piece.parameter]
+                    if gradient is None:
+                        continue
+                    if empty:
+                        sum_of.copy_(gradient[part])
+                    else:
+                        sum_of.add_(gradient[part])
+                    empty = False
+                if empty:
+                    sum_of.zero_()
+
+        self._spread(add, self._shards)
+        self._collected = True
+        for parameters in self._copies[:count]:
+            for parameter in parameters:
                 parameter.grad = None
 
-    def step(self, learning_rate: float) -> float:
+    def forget(self) -> None:
+        """Throw away what was collected for the step that is now not taken."""
+        self._collected = False
+
+    @torch.no_grad()
+    def gradient_norms(self) -> dict[str, float]:
+        """Return the norm of the collected gradient of each parameter, by its name."""
+
+        def norms(shard: _Shard) -> list[Tensor]:
+            return [
+                torch.linalg.vector_norm(self._gradient[piece.first : piece.end])
+                for piece in shard.pieces
+            ]
+
+        squares = [0.0] * len(self._slices)
+        for shard, found in zip(self._shards, self._spread(norms, self._shards), strict=True):
+            for piece, norm in zip(shard.pieces, torch.stack(found).tolist(), strict=True):
+                squares[piece.parameter] += norm * norm
+        return {
+            one.name: math.sqrt(square) for one, square in zip(self._slices, squares, strict=True)
+        }
+
+    @torch.no_grad()
+    def step(self, learning_rate: float, norm: float | None = None) -> float:
         """Take one step along the collected gradients and round the new weights into the model.
+
+        Args:
+            learning_rate: of this step.
+            norm: of the collected gradient, when it is known.
 
         Returns:
             The norm of the gradient before it was clipped. When it is not finite, nothing was
-            changed.
+            changed, and what was collected is forgotten.
         """
-        norm = self._gradient.norm().item()
+        if norm is None:
+            norm = whole_norm(self.gradient_norms())
         if not math.isfinite(norm):
+            self.forget()
             return norm
-        if norm > self._clip_norm:
-            self._gradient.mul_(self._clip_norm / norm)
-        for group in self._adamw.param_groups:
-            group["lr"] = learning_rate
-        self._adamw.step()
-        self._gradient.zero_()
-        self._write_back()
+        settings = self._settings
+        shrink = settings.clip_norm / norm if norm > settings.clip_norm else 1.0
+
+        def move(shard: _Shard) -> None:
+            part = shard.all
+            gradient = self._gradient[part]
+            if shrink != 1.0:
+                gradient.mul_(shrink)
+            adamw(
+                [self._master[part]],
+                [gradient],
+                [self._first[part]],
+                [self._second[part]],
+                [],
+                [torch.tensor(float(self._steps_done))],
+                fused=True,
+                amsgrad=False,
+                beta1=settings.beta1,
+                beta2=settings.beta2,
+                lr=learning_rate,
+                weight_decay=shard.weight_decay,
+                eps=settings.eps,
+                maximize=False,
+            )
+            self._round(shard)
+
+        self._spread(move, self._shards)
+        self._steps_done += 1
+        self._collected = False
         return norm
 
-    def _write_back(self) -> None:
-        with torch.no_grad():
+    def _round(self, shard: _Shard) -> None:
+        """Write the master weights of a shard into all copies of the model."""
+        for piece in shard.pieces:
+            part = slice(piece.start, piece.start + piece.end - piece.first)
+            master = self._master[piece.first : piece.end]
             for parameters in self._copies:
-                for parameter, one in zip(parameters, self._slices, strict=True):
-                    parameter.copy_(self._master[one.first : one.end].view(one.shape))
+                parameters[piece.parameter].data.view(-1)[part].copy_(master)
 
     def masters(self) -> dict[str, Tensor]:
         """Return the float32 weights by name: views, not copies."""
@@ -193,5 +296,28 @@ class MasterAdamW:
             )
         for name, value in tensors.items():
             own[name].copy_(value)
-        self._set_state(steps_done)
-        self._write_back()
+        self._steps_done = steps_done
+        self._collected = False
+        with torch.no_grad():
+            self._spread(self._round, self._shards)
+
+
+def whole_norm(norms: Mapping[str, float]) -> float:
+    """Return the norm of all parameters' gradients together."""
+    return math.sqrt(math.fsum(norm * norm for norm in norms.values()))
+
+
+def _shards(slices: Sequence[tuple[int, _Slice]]) -> Iterator[list[_Piece]]:
+    """Cut neighbouring parameters into shards of about `SHARD_VALUES` values."""
+    pieces: list[_Piece] = []
+    held = 0
+    for number, one in slices:
+        for first in range(one.first, one.end, SHARD_VALUES):
+            end = min(first + SHARD_VALUES, one.end)
+            pieces.append(_Piece(number, first - one.first, first, end))
+            held += end - first
+            if held >= SHARD_VALUES:
+                yield pieces
+                pieces, held = [], 0
+    if pieces:
+        yield pieces

@@ -5,12 +5,14 @@ Knows sections of plain values, and not what they mean.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Mapping
 from typing import Any
 
 from jamba_lm.errors import RecipeError
-from jamba_lm.training.recipe import Recipe, shown
+from jamba_lm.training.recipe import SECTIONS, Recipe
+from jamba_lm.training.recipe_file import shown
 
 # What may differ between a run and its continuation: how long it goes on, how it is watched, and
 # what the model is said to be good for, with which nothing is computed.
@@ -20,6 +22,8 @@ CHANGEABLE = (
     "training.workers",
     "schedule.",
     "optimizer.learning_rate",
+    "watch.every_steps",
+    "watch.tensorboard",
     "validation.",
     "checkpoint.",
 )
@@ -30,7 +34,12 @@ def to_toml(recipe: Recipe) -> str:
     lines = []
     for name, values in recipe.to_dict().items():
         lines.append(f"[{name}]")
-        lines += [f"{key} = {_toml(value)}" for key, value in values.items() if value is not None]
+        # What is empty was not given: a list of no paths is no value that a recipe may have.
+        lines += [
+            f"{key} = {_toml(value)}"
+            for key, value in values.items()
+            if value is not None and value not in ("", ())
+        ]
         lines.append("")
     return "\n".join(lines)
 
@@ -56,6 +65,7 @@ def check_continuation(before: Mapping[str, Any], now: Mapping[str, Any]) -> lis
     Raises:
         RecipeError: something differs that would make it another run.
     """
+    before = _with_defaults(before)
     changed = []
     for section in sorted(before.keys() | now.keys()):
         old, new = before.get(section, {}), now.get(section, {})
@@ -70,6 +80,17 @@ def check_continuation(before: Mapping[str, Any], now: Mapping[str, Any]) -> lis
                 )
             changed.append(name)
     return changed
+
+
+def _with_defaults(sections: Mapping[str, Any]) -> dict[str, Any]:
+    """Fill in what a run of an earlier version did not say: it did what is now the default."""
+    filled = {name: dict(values) for name, values in sections.items()}
+    for name, kind in SECTIONS.items():
+        values = filled.setdefault(name, {})
+        for one in dataclasses.fields(kind):
+            if one.default is not dataclasses.MISSING:
+                values.setdefault(one.name, one.default)
+    return filled
 
 
 def _plain(value: Any) -> Any:

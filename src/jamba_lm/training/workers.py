@@ -17,6 +17,7 @@ from jamba_lm.model.decoder import Decoder
 
 Work = TypeVar("Work")
 Done = TypeVar("Done")
+Item = TypeVar("Item")
 
 
 class Workers:
@@ -54,3 +55,16 @@ class Workers:
         ]
         first = work(self.decoders[0], items[0])
         return [first, *(other.result() for other in others)]
+
+    def spread(self, work: Callable[[Item], Done], items: Sequence[Item]) -> list[Done]:
+        """Return `work(item)` for each item, in order, the items shared out over the threads."""
+        if self._pool is None:
+            return [work(item) for item in items]
+        size = len(self.decoders)
+
+        def every(first: int) -> list[Done]:
+            return [work(item) for item in items[first::size]]
+
+        others = [self._pool.submit(every, first) for first in range(1, size)]
+        shares = [every(0), *(other.result() for other in others)]
+        return [shares[number % size][number // size] for number in range(len(items))]

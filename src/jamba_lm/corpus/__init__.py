@@ -1,0 +1,1 @@
+"""Files of text into a folder of tokens: read, filtered, without duplicates, and read back."""

@@ -1,0 +1,226 @@
+"""A recipe file, read strictly: unknown keys, wrong kinds and numbers out of range are refused.
+
+Imports no torch. Knows what a recipe may say, and nothing of how a run is carried out.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+import tomllib
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from jamba_lm.config import JambaConfig
+from jamba_lm.errors import ConfigError, RecipeError
+from jamba_lm.presets import preset
+from jamba_lm.training.recipe import CHOICES, RANGES, SECTIONS, DataSection, Recipe
+
+MAXIMUM_RECIPE_BYTES = 2**20
+
+
+def load_recipe(path: Path, assignments: Iterable[str] = ()) -> Recipe:
+    """Read a recipe file, change it as `--set section.key=value` says, and check everything.
+
+    Raises:
+        RecipeError: the file is missing or not TOML, a key is unknown (the message names the
+            closest known one), or a value is missing, of the wrong kind or out of range.
+    """
+    sections = _read_toml(path)
+    for assignment in assignments:
+        _assign(sections, assignment)
+    return build_recipe(sections, path.parent)
+
+
+def _read_toml(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise RecipeError(f"no recipe at {str(path)!r}: expected a TOML file")
+    try:
+        with path.open("rb") as file:
+            data = file.read(MAXIMUM_RECIPE_BYTES + 1)
+        if len(data) > MAXIMUM_RECIPE_BYTES:
+            raise RecipeError(
+                f"recipe {str(path)!r} is longer than {MAXIMUM_RECIPE_BYTES:,} bytes: "
+                "is it the right file?"
+            )
+        return tomllib.loads(data.decode("utf-8"))
+    except OSError as cause:
+        raise RecipeError(f"cannot read {str(path)!r}: {cause.strerror or cause}") from cause
+    except (UnicodeDecodeError, tomllib.TOMLDecodeError, RecursionError, ValueError) as cause:
+        reason = "nested too deeply" if isinstance(cause, RecursionError) else _one_line(cause)
+        raise RecipeError(f"recipe {str(path)!r} is not TOML: {reason}") from cause
+
+
+def _one_line(cause: BaseException) -> str:
+    return " ".join(str(cause).split())[:200]
+
+
+def _assign(sections: dict[str, Any], assignment: str) -> None:
+    name, equals, text = assignment.partition("=")
+    section, dot, key = name.strip().partition(".")
+    if not equals or not dot or not key:
+        raise RecipeError(
+            f"--set {assignment!r}: expected section.key=value, like training.steps=1000"
+        )
+    try:
+        value = tomllib.loads(f"value = {text.strip()}")["value"]
+    except (tomllib.TOMLDecodeError, RecursionError, ValueError):
+        # A word that needs no quotes on a command line: its key must then take text.
+        value = text.strip()
+    table = sections.setdefault(section, {})
+    if not isinstance(table, dict):
+        raise RecipeError(f"[{section}] must be a table, but the recipe says {shown(table)}")
+    table[key] = value
+
+
+def build_recipe(sections: Mapping[str, Any], folder: Path) -> Recipe:
+    """Check plain sections and make paths absolute, relative ones being relative to `folder`.
+
+    Raises:
+        RecipeError: as in `load_recipe`.
+    """
+    _check_keys(sections, ["model", *SECTIONS], "section")
+    for name, value in sections.items():
+        if not isinstance(value, Mapping):
+            raise RecipeError(f"[{name}] must be a table, but the recipe says {shown(value)}")
+    built = {
+        name: _build_section(name, kind, sections.get(name, {})) for name, kind in SECTIONS.items()
+    }
+    built["data"] = dataclasses.replace(
+        built["data"],
+        train=tuple(_absolute(folder, path) for path in built["data"].train),
+        validation=tuple(_absolute(folder, path) for path in built["data"].validation),
+        tokenizer=_absolute(folder, built["data"].tokenizer),
+        prepared=_absolute(folder, built["data"].prepared),
+    )
+    recipe = Recipe(model=_build_model(sections.get("model", {})), **built)
+    _check_together(recipe)
+    return recipe
+
+
+def _absolute(folder: Path, path: str) -> str:
+    return str((folder / path).resolve()) if path else ""
+
+
+def _build_model(values: Mapping[str, Any]) -> JambaConfig:
+    changes = dict(values)
+    name = changes.pop("preset", None)
+    if name is not None and not isinstance(name, str):
+        raise RecipeError(f"model.preset is {shown(name)}: expected the name of a preset")
+    try:
+        base = JambaConfig() if name is None else preset(name)
+        return base.replace(**changes)
+    except (ConfigError, TypeError) as cause:
+        raise RecipeError(f"[model]: {_one_line(cause)}") from cause
+
+
+def _build_section(name: str, kind: type[Any], values: Mapping[str, Any]) -> Any:
+    fields = {one.name: one for one in dataclasses.fields(kind)}
+    _check_keys(values, list(fields), f"key in [{name}]")
+    for key, one in fields.items():
+        if one.default is dataclasses.MISSING and key not in values:
+            raise RecipeError(f"[{name}] needs {key}: {_expected(f'{name}.{key}', str(one.type))}")
+    checked = {
+        key: _check_value(f"{name}.{key}", str(fields[key].type), value)
+        for key, value in values.items()
+    }
+    return kind(**checked)
+
+
+def _check_keys(given: Iterable[object], known: list[str], what: str) -> None:
+    for key in given:
+        if key not in known:
+            close = difflib.get_close_matches(str(key), known, n=1)
+            hint = f"; did you mean {close[0]!r}?" if close else f"; known: {', '.join(known)}"
+            raise RecipeError(f"unknown {what}: {shown(key)}{hint}")
+
+
+def _check_value(name: str, kind: str, value: Any) -> Any:
+    if kind.startswith("tuple"):
+        good = isinstance(value, (list, tuple)) and all(_is_text(one) for one in value)
+        if good and value:
+            return tuple(value)
+    elif kind == "str":
+        if _is_text(value) and value in CHOICES.get(name, (value,)):
+            return value
+    elif kind == "bool":
+        if isinstance(value, bool):
+            return value
+    elif not isinstance(value, bool) and isinstance(value, int if kind == "int" else (int, float)):
+        low, high = RANGES[name]
+        if math.isfinite(value) and low <= value <= high:
+            return value if kind == "int" else float(value)
+    raise RecipeError(f"{name} is {shown(value)}: expected {_expected(name, kind)}")
+
+
+def _is_text(value: object) -> bool:
+    # No path and no choice holds a null character, and the system refuses one with a ValueError.
+    return isinstance(value, str) and bool(value) and "\0" not in value
+
+
+def _expected(name: str, kind: str) -> str:
+    if kind.startswith("tuple"):
+        return "a list of paths, at least one"
+    if kind == "str":
+        return " or ".join(map(repr, CHOICES[name])) if name in CHOICES else "a path"
+    if kind == "bool":
+        return "true or false"
+    low, high = RANGES[name]
+    return f"{'a whole number' if kind == 'int' else 'a number'} from {low:g} to {high:g}"
+
+
+def shown(value: object) -> str:
+    """Return `value` as a message shows it: not all of it, when it is long."""
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+def _check_text(data: DataSection) -> None:
+    given = [key for key in ("train", "validation", "tokenizer") if getattr(data, key)]
+    if data.prepared and given:
+        raise RecipeError(
+            f"data.prepared and data.{given[0]} are both given: a prepared folder holds its "
+            "tokenizer and both sides of the split, so leave one out"
+        )
+    if not data.prepared and len(given) < 3:
+        missing = next(key for key in ("train", "validation", "tokenizer") if key not in given)
+        raise RecipeError(
+            f"[data] needs {missing}: {_expected(f'data.{missing}', _DATA_KINDS[missing])}; or "
+            "prepared: a folder that `jamba data prepare` has written"
+        )
+
+
+_DATA_KINDS = {"train": "tuple", "validation": "tuple", "tokenizer": "str"}
+
+
+def _check_together(recipe: Recipe) -> None:
+    training, schedule = recipe.training, recipe.schedule
+    _check_text(recipe.data)
+    if training.workers > training.accumulate:
+        raise RecipeError(
+            f"training.workers is {training.workers} and training.accumulate "
+            f"{training.accumulate}: each worker needs a pass of its own, so raise accumulate"
+        )
+    if recipe.data.sequence_tokens > training.batch_tokens:
+        raise RecipeError(
+            f"data.sequence_tokens is {recipe.data.sequence_tokens:,} and training.batch_tokens "
+            f"{training.batch_tokens:,}: a batch must hold at least one whole sequence"
+        )
+    used = schedule.decay_steps if schedule.kind == "warmup-stable-decay" else 0
+    if schedule.warmup_steps + used > training.steps:
+        raise RecipeError(
+            f"schedule.warmup_steps + decay_steps is {schedule.warmup_steps + used:,}, more than "
+            f"the {training.steps:,} training.steps"
+        )
+    if schedule.kind == "cosine" and schedule.decay_steps:
+        raise RecipeError(
+            "schedule.decay_steps is given, but a cosine has none: leave it out, or set "
+            'schedule.kind = "warmup-stable-decay"'
+        )
+    if not recipe.checkpoint.every_steps and not recipe.checkpoint.every_seconds:
+        raise RecipeError(
+            "checkpoint.every_steps and checkpoint.every_seconds are both 0: a run that is never "
+            "saved cannot be resumed; give one of them"
+        )

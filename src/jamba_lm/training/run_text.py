@@ -1,0 +1,120 @@
+"""What a run reads, tokenized beside it or prepared before it, behind one face.
+
+Knows recipes and text, and nothing of models and steps.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from jamba_lm.corpus.mixture import MixedPosition, MixedStream
+from jamba_lm.corpus.training_text import TrainingText
+from jamba_lm.data import PackedStream, Position, TokenizedDocuments
+from jamba_lm.errors import DataError, RecipeError
+from jamba_lm.text.tokenizer import load_tokenizer
+from jamba_lm.training.recipe import Recipe
+from jamba_lm.training.token_cache import tokenized
+
+
+class RunText:
+    """The text of a run.
+
+    Attributes:
+        held_out: the documents to validate on.
+        fingerprint: names the text, so that a resumed run can tell that it reads the same.
+    """
+
+    def __init__(self, recipe: Recipe, cache: Path) -> None:
+        """Open or tokenize the text.
+
+        Args:
+            recipe: what to read.
+            cache: folder to keep tokenized text in.
+
+        Raises:
+            RecipeError: the tokenizer has more tokens than the model.
+            DataError: text is missing or unusable.
+        """
+        self._recipe = recipe
+        self._prepared: TrainingText | None = None
+        self._documents: TokenizedDocuments | None = None
+        folder = tokenizer_folder(recipe)
+        tokenizer = load_tokenizer(folder)
+        if tokenizer.vocab_size > recipe.model.vocab_size:
+            raise RecipeError(
+                f"the tokenizer has {tokenizer.vocab_size:,} tokens and the model a vocab_size of "
+                f"{recipe.model.vocab_size:,}: raise it, or train a smaller tokenizer"
+            )
+        if recipe.data.prepared:
+            self._prepared = TrainingText(Path(recipe.data.prepared))
+            self.held_out = self._prepared.held_out
+            self.fingerprint = self._prepared.fingerprint
+            return
+        file = folder / "tokenizer.json" if folder.is_dir() else folder
+        self._documents, self.held_out = (
+            tokenized(
+                [Path(path) for path in paths],
+                tokenizer,
+                file,
+                cache=cache / f"{what}.tokens.safetensors",
+                what=what,
+            )
+            for what, paths in (
+                ("training", recipe.data.train),
+                ("validation", recipe.data.validation),
+            )
+        )
+        self.fingerprint = self._documents.fingerprint()
+
+    def open_stream(self, position: Position | MixedPosition | None) -> PackedStream | MixedStream:
+        """Start reading batches at `position`, or from the beginning.
+
+        Raises:
+            DataError: the position is of another kind of text.
+        """
+        sequence, batch = self._recipe.data.sequence_tokens, self._recipe.training.batch_tokens
+        seed = self._recipe.training.seed
+        if self._prepared is not None:
+            if isinstance(position, Position):
+                raise _other_kind()
+            return self._prepared.open_stream(
+                sequence_tokens=sequence, batch_tokens=batch, seed=seed, position=position
+            )
+        assert self._documents is not None
+        if isinstance(position, MixedPosition):
+            raise _other_kind()
+        return PackedStream(
+            self._documents,
+            sequence_tokens=sequence,
+            batch_tokens=batch,
+            seed=seed,
+            position=position,
+        )
+
+    def record(self) -> dict[str, Any]:
+        """Describe the text for the record of a run."""
+        if self._prepared is not None:
+            return self._prepared.record()
+        assert self._documents is not None
+        return {
+            "training_documents": len(self._documents),
+            "training_tokens": self._documents.num_tokens,
+            "training_fingerprint": self.fingerprint,
+            "validation_documents": len(self.held_out),
+            "validation_bytes": int(self.held_out.num_bytes.sum()),
+        }
+
+
+def tokenizer_folder(recipe: Recipe) -> Path:
+    """Return where the tokenizer of a run lies."""
+    if recipe.data.prepared:
+        return Path(recipe.data.prepared) / "tokenizer"
+    return Path(recipe.data.tokenizer)
+
+
+def _other_kind() -> DataError:
+    return DataError(
+        "the run to resume was reading text of another kind: go back to its data.train or "
+        "data.prepared, or start in another --out folder"
+    )
