@@ -34,6 +34,9 @@ class Engine(Protocol):
     def step(self, state: Any, ids: list[list[int]]) -> tuple[Tensor, Any]:
         """Read tokens of every sequence; return the logits after the last ones, and the states."""
 
+    def write(self, state: Any, picked: list[int], tokens: int) -> None:
+        """Go on with so many tokens, the likeliest each time, after those picked last."""
+
     def logits(self, ids: list[int]) -> Tensor:
         """Return the logits after each of the tokens, [T, V]."""
 
@@ -43,7 +46,9 @@ class JambaEngine:
 
     def __init__(self, folder: str, weights: str) -> None:
         from benchmarks.our_model import open_model
+        from jamba_lm.stepper import Stepper
 
+        self.stepper = Stepper
         self.model = open_model(folder, weights)
         self.vocab_size = self.model.config.vocab_size
 
@@ -54,6 +59,13 @@ class JambaEngine:
     def step(self, state: Any, ids: list[list[int]]) -> tuple[Tensor, Any]:
         """Read tokens; the states move in place."""
         return self.model.next_logits(ids, state), state
+
+    def write(self, state: Any, picked: list[int], tokens: int) -> None:
+        """Write as `jamba_lm.generate` does."""
+        stepper = self.stepper(self.model)
+        for _ in range(tokens):
+            logits = stepper.read([[token] for token in picked], [1] * len(picked), state)
+            picked = [int(logits_V.argmax()) for (logits_V,) in logits]
 
     def logits(self, ids: list[int]) -> Tensor:
         """Read a whole prompt."""
@@ -83,6 +95,12 @@ class TransformersEngine:
             input_ids=torch.tensor(ids), past_key_values=state, use_cache=True, logits_to_keep=1
         )
         return out.logits[:, -1].float(), out.past_key_values
+
+    def write(self, state: Any, picked: list[int], tokens: int) -> None:
+        """Write step by step, which is what its `generate` does and more."""
+        for _ in range(tokens):
+            logits, state = self.step(state, [[token] for token in picked])
+            picked = logits.argmax(-1).tolist()
 
     def logits(self, ids: list[int]) -> Tensor:
         """Read a whole prompt, which is what transformers does right."""
@@ -120,9 +138,7 @@ def decode(engine: Engine, prompt: int, tokens: int, batch: int) -> dict[str, An
     logits, state = engine.step(state, random_ids(engine.vocab_size, batch, prompt))
     picked = logits.argmax(-1).tolist()
     started = time.perf_counter()
-    for _ in range(tokens):
-        logits, state = engine.step(state, [[token] for token in picked])
-        picked = logits.argmax(-1).tolist()
+    engine.write(state, picked, tokens)
     return {"seconds": time.perf_counter() - started}
 
 

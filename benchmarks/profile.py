@@ -35,12 +35,13 @@ from benchmarks.our_model import open_model, packed_folder
 from benchmarks.quiet import Verdict
 from benchmarks.record import hardware, write_json
 from benchmarks.timing import Action, Patience, Stopwatch
-from jamba_lm import step_plan
 from jamba_lm.analysis.roofline import Call, model_work
 from jamba_lm.kernels import ops
+from jamba_lm.kernels.library import Library
 from jamba_lm.language_model import LanguageModel
 from jamba_lm.model.batch import Batch
 from jamba_lm.model.state import SequenceState
+from jamba_lm.stepper import Stepper
 
 # Parts of the roofline, by the end of a module's name.
 MODULE_PARTS = {
@@ -58,6 +59,7 @@ OPERATION_PARTS = {
     "silu_gate": "gates",
 }
 NATIVE_STEP = "the native step"
+WHOLE_FUNCTIONS = ("jamba_step", "jamba_prefill")
 OUTSIDE = "Python around all of these"
 STEPS = 8
 
@@ -104,7 +106,6 @@ def watched(model: LanguageModel, parts: Parts) -> Iterator[None]:
     """Time every module of the model and every operation into `parts`, meanwhile."""
     hooks: list[Any] = []
     watched_functions = [(ops, name, part) for name, part in OPERATION_PARTS.items()]
-    watched_functions.append((step_plan, "run_step", NATIVE_STEP))
     originals = [(place, name, getattr(place, name)) for place, name, _ in watched_functions]
 
     def enter(part: str) -> Callable[..., None]:
@@ -131,6 +132,14 @@ def watched(model: LanguageModel, parts: Parts) -> Iterator[None]:
         hooks.append(module.register_forward_hook(leave))
     for place, name, part in watched_functions:
         setattr(place, name, timed(part, getattr(place, name)))
+    call = Library.call
+    whole = timed(NATIVE_STEP, call)
+
+    def call_watched(library: Library, function: str, *arguments: Any) -> None:
+        # Other functions are a part of the operation that calls them.
+        (whole if function in WHOLE_FUNCTIONS else call)(library, function, *arguments)
+
+    Library.call = call_watched  # type: ignore[method-assign, assignment]
     logits = model.decoder.logits
     model.decoder.logits = timed("head", logits)  # type: ignore[method-assign]
     try:
@@ -140,6 +149,7 @@ def watched(model: LanguageModel, parts: Parts) -> Iterator[None]:
             hook.remove()
         for place, name, function in originals:
             setattr(place, name, function)
+        Library.call = call  # type: ignore[method-assign]
         del model.decoder.logits
 
 
@@ -176,10 +186,13 @@ def phases(model: LanguageModel, batch: int, prompt_tokens: int) -> list[Phase]:
         model.next_logits([ids[:16] for ids in prompts], states)
         return states
 
+    stepper = Stepper(model)
+
     def write(states: list[SequenceState]) -> None:
         picked = [ids[0] for ids in prompts]
         for _ in range(STEPS):
-            picked = model.next_logits([[one] for one in picked], states).argmax(-1).tolist()
+            logits = stepper.read([[one] for one in picked], [1] * batch, states)
+            picked = [int(logits_V.argmax()) for (logits_V,) in logits]
 
     def write_by_modules(states: list[SequenceState]) -> None:
         ids_M = torch.tensor([ids[0] for ids in prompts])

@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
+from typing import get_args
 
 import torch
 from torch import Tensor
@@ -26,8 +27,8 @@ import jamba_lm
 from jamba_lm.data import read_documents
 from jamba_lm.kernels.packed_weights import Int4Weight
 from jamba_lm.language_model import LanguageModel
-from jamba_lm.model.batch import Batch
-from jamba_lm.quantization.policy import Packing, all_schemes, matrix_class
+from jamba_lm.quantization.linear import PackedLinear
+from jamba_lm.quantization.policy import MatrixClass, Packing, all_schemes, matrix_class
 from jamba_lm.quantization.rewrite import quantize_weight
 
 SAMPLE = Path(__file__).resolve().parents[1] / "tests" / "data" / "held_out.jsonl"
@@ -92,10 +93,7 @@ class HeldOut:
                 calls.append([])
             calls[-1].append(ids[:-1])
         for sequences in calls:
-            flat = torch.tensor([one for ids in sequences for one in ids])
-            with torch.no_grad():
-                logits = model.decoder(flat, Batch.of([len(ids) for ids in sequences]))
-            yield logits.log_softmax(-1)
+            yield torch.cat(model.logits(sequences)).log_softmax(-1)
 
     def damage(
         self, name: str, model: LanguageModel, values: int, num_bytes: int | None = None
@@ -182,6 +180,31 @@ def by_grid(held_out: HeldOut) -> list[Damage]:
     return [held_out.rounded(label, names, grid) for label, grid in grids.items()]
 
 
+def by_rows(held_out: HeldOut, folder: Path) -> list[Damage]:
+    """Measure rows rounded to 8 bits where they meet each class of matrix in 8 bits."""
+    scheme = next(scheme for scheme in all_schemes() if scheme.name == "int8")
+    rules: dict[str, Callable[[str], bool]] = {
+        "none": lambda name: False,
+        **{one: partial(_is_of_class, one) for one in get_args(MatrixClass) if one != "embedding"},
+        "all": lambda name: True,
+        "int8": scheme.rounds_rows,
+    }
+    found = []
+    for label, rounds in rules.items():
+        model = jamba_lm.load(folder, dtype="bf16", quantize=scheme)
+        values = 0
+        for name, module in model.decoder.named_modules():
+            if isinstance(module, PackedLinear):
+                module.rows8 = rounds(f"{name}.weight")
+                values += module.rows8 * math.prod(module.weight.shape)
+        found.append(held_out.damage(label, model, values))
+    return found
+
+
+def _is_of_class(matrix: str, name: str) -> bool:
+    return matrix_class(name) == matrix
+
+
 def search_grid(packing: Packing, name: str, x: Tensor) -> Tensor:
     """Round as the schemes do."""
     return quantize_weight(name, x, packing).dequantize()
@@ -226,7 +249,7 @@ def damage_table(rows: Sequence[Damage], base: Damage) -> str:
     ]
     lines += [
         f"| {row.name} | {row.values:,} | {_change(row, base)} | {row.divergence:.1e} "
-        f"| {1e6 * row.divergence / row.values:.1e} |"
+        f"| {f'{1e6 * row.divergence / row.values:.1e}' if row.values else ''} |"
         for row in rows
     ]
     return "\n".join(lines)
@@ -263,11 +286,18 @@ def main() -> None:
     base = held_out.damage("fp32", held_out.model, 0)
     found = {"schemes": by_scheme(held_out, folder)}
     if not options.schemes_only:
-        found |= {"matrices": by_matrix(held_out), "grids": by_grid(held_out)}
+        found |= {
+            "matrices": by_matrix(held_out),
+            "grids": by_grid(held_out),
+            "rows": by_rows(held_out, folder),
+        }
     tables = {
-        name: scheme_table(rows) if name == "schemes" else damage_table(rows, base)
+        # Rows are rounded in a model that is rounded already.
+        name: damage_table(rows, rows[0] if name == "rows" else base)
         for name, rows in found.items()
+        if name != "schemes"
     }
+    tables["schemes"] = scheme_table(found["schemes"])
     if options.write:
         rewrite(options.write, tables)
     if options.json:

@@ -14,7 +14,7 @@
 
 #include <stdint.h>
 
-#define JAMBA_ABI_VERSION 3
+#define JAMBA_ABI_VERSION 4
 
 // Tokens between two saved states of the scan; what backward recomputes at once.
 #define JAMBA_CHECKPOINT_TOKENS 16
@@ -178,9 +178,10 @@ typedef struct {
   const void *scale;    // INT8, INT4
   const void *minimum;  // INT4
   const float *bias;    // null means none
+  int64_t rows8;        // INT8 only: bfloat16 rows, where many, may be rounded to 8 bits as well
 } jamba_matrix;
 
-// y = W x for rows of float32 or bfloat16 (JAMBA_U), in the type of x, for few rows.
+// y = W x for rows of float32 or bfloat16 (JAMBA_U), in the type of x.
 typedef struct {
   int64_t path;
   int64_t threads;
@@ -247,7 +248,7 @@ typedef struct {
   const jamba_key_block *blocks;
 } jamba_memory;
 
-// All layers for up to JAMBA_STEP_ROWS tokens, of one or more sequences.
+// All layers for some tokens of one or more sequences.
 typedef struct {
   int64_t path;
   int64_t threads;
@@ -256,7 +257,7 @@ typedef struct {
   const int64_t *offsets;
   const int64_t *ids_M;
   const jamba_memory *memories;  // [layer][sequence]
-  int64_t num_logits;
+  int64_t num_logits;            // of a prefill, also none
   const int64_t *logit_rows;
   float *logits;  // [num_logits][V]
 } jamba_step_call;
@@ -279,7 +280,10 @@ JAMBA_EXPORT int32_t jamba_gate(const jamba_gate_call *call);
 JAMBA_EXPORT int32_t jamba_gate_backward(const jamba_gate_backward_call *call);
 JAMBA_EXPORT int32_t jamba_product(const jamba_product_call *call);
 JAMBA_EXPORT int32_t jamba_unpack(const jamba_unpack_call *call);
+// Up to JAMBA_STEP_ROWS tokens, where reading the weights is the work.
 JAMBA_EXPORT int32_t jamba_step(const jamba_step_call *call);
+// Any number of tokens, where multiplying is the work.
+JAMBA_EXPORT int32_t jamba_prefill(const jamba_step_call *call);
 
 // The vector functions the kernels are made of, one value at a time for all of
 // `x_M`, so that tests can sweep their error.

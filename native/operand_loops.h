@@ -36,32 +36,54 @@ inline int64_t operand_floats(int64_t rows, int64_t inputs) {
 // The first of the two inputs in byte `b` of a row; the other is 16 inputs on.
 inline int64_t nibble_input(int64_t b) { return b / 16 * 32 + b % 16; }
 
-inline void fix_row(const float *x, int64_t inputs, int16_t *fixed, float *unit) {
-  Vec largest = {};
-  int64_t i = 0;
-  for (; i + LANES <= inputs; i += LANES) {
-    largest = maximum(largest, (Vec)((WordVec)load(x + i) & 0x7fffffffu));
+// The byte of a row that holds input `i`, in its low half where i % 32 < 16.
+inline int64_t nibble_byte(int64_t i) { return i / 32 * 16 + i % 16; }
+
+// The largest magnitude in a row that is to become integers.
+struct Peak {
+  float top;
+  bool finite;  // no integer says infinity or "not a number": the whole row becomes the latter
+};
+
+// load(i, left) gives LANES values of the row from `i` on, zero past `left`.
+template <typename Load>
+JAMBA_INLINE Peak peak_of(int64_t count, const Load &load) {
+  Vec largest = {}, nothing = {};
+  for (int64_t i = 0; i < count; i += LANES) {
+    const Vec x = load(i, count - i < LANES ? count - i : LANES);
+    largest = maximum((Vec)((WordVec)x & 0x7fffffffu), largest);
+    nothing = fma(x, Vec{}, nothing);
   }
-  for (; i < inputs; i++) {
-    const Vec magnitude = (Vec)((WordVec)set(x[i]) & 0x7fffffffu);
-    largest = maximum(largest, magnitude);
-  }
-  float top = 0;
-  bool finite = true;
+  Peak peak = {0, true};
   for (int l = 0; l < LANES; l++) {
-    finite = finite && largest[l] <= 3.4e38f;
-    top = largest[l] > top ? largest[l] : top;
+    peak.finite = peak.finite && nothing[l] == 0;
+    peak.top = largest[l] > peak.top ? largest[l] : peak.top;
   }
-  if (!finite) {
-    // No integer says infinity: the whole row of results becomes "not a number".
-    *unit = __builtin_nanf("");
+  return peak;
+}
+
+// What makes `most` of the largest value. Below 2^-100 the quotient would overflow; such rows are
+// zero to any weight.
+JAMBA_INLINE float to_integers(const Peak &peak, float most) {
+  return peak.finite && peak.top > 7.9e-31f ? most / peak.top : 0;
+}
+
+// What 1 stands for then.
+JAMBA_INLINE float from_integers(const Peak &peak, float most) {
+  return peak.finite ? peak.top / most : __builtin_nanf("");
+}
+
+inline void fix_row(const float *x, int64_t inputs, int16_t *fixed, float *unit) {
+  constexpr float MOST = 32767.0f;
+  const Peak peak =
+      peak_of(inputs, [&](int64_t i, int64_t left) { return load_as<false>(x, i, left); });
+  *unit = from_integers(peak, MOST);
+  const float inverse = to_integers(peak, MOST);
+  if (inverse == 0) {
     memset(fixed, 0, (size_t)inputs * sizeof *fixed);
     return;
   }
-  *unit = top / 32767.0f;
-  // Below 2^-100 the quotient would overflow; such rows are zero to any weight.
-  const float inverse = top > 7.9e-31f ? 32767.0f / top : 0;
-  for (i = 0; i < inputs; i++) {
+  for (int64_t i = 0; i < inputs; i++) {
     const float scaled = x[i] * inverse;
     fixed[i] = (int16_t)(scaled + (scaled < 0 ? -0.5f : 0.5f));
   }

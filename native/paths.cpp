@@ -1,14 +1,35 @@
 // Which instruction sets this build has, and which of them the processor runs.
 #include "paths.h"
 
+#include "tile_kernels.h"
+
 namespace jamba {
+
+#ifdef JAMBA_X86
+// A path with all of another's code, and more for products of many rows.
+static Path with_tiles(const char *name, Path path, bool (*runs_here)(), TileKernels tiles) {
+  path.name = name;
+  path.runs_here = runs_here;
+  path.tiles = tiles;
+  return path;
+}
+
+static const Path amx = with_tiles("amx", path_avx512_vnni,
+                                   [] { return path_avx512_vnni.runs_here() && amx_runs_here(); },
+                                   {begin_amx, end_amx, pairs_by_amx, quads_by_amx});
+static const Path avx512_vnni =
+    with_tiles("avx512_vnni", path_avx512_vnni, path_avx512_vnni.runs_here,
+               {nullptr, nullptr, nullptr, quads_by_avx512_vnni});
+static const Path avx512_bf16 =
+    with_tiles("avx512_bf16", path_avx512_vnni,
+               [] { return path_avx512_vnni.runs_here() && __builtin_cpu_supports("avx512bf16"); },
+               {nullptr, nullptr, pairs_by_avx512_bf16, quads_by_avx512_vnni});
+#endif
 
 // Fastest first.
 static const Path *const PATHS[] = {
 #ifdef JAMBA_X86
-    &path_avx512_vnni,
-    &path_avx512,
-    &path_avx2,
+    &amx,           &avx512_bf16, &avx512_vnni, &path_avx512, &path_avx2,
 #endif
     &path_portable,
 };

@@ -4,6 +4,7 @@
 #define JAMBA_PATHS_H
 
 #include "jamba_kernels.h"
+#include "prefill.h"
 #include "step.h"
 
 namespace jamba {
@@ -62,6 +63,7 @@ struct Path {
   int64_t (*conv_scratch)(const jamba_conv_call &call);
   int64_t (*product_scratch)(const jamba_product_call &call);
   int64_t (*step_scratch)(const jamba_step_call &call);
+  int64_t (*prefill_scratch)(const jamba_step_call &call, const TileKernels &kernels);
 
   // Blocks [first, last) over one sequence; `checkpoint` is the sequence's first.
   void (*scan)(const jamba_scan_call &call, int64_t sequence, int64_t checkpoint, int64_t first,
@@ -95,11 +97,20 @@ struct Path {
   // Arranges the inputs; then outputs [first, last), at most PIECE, with the same scratch.
   void (*product_begin)(const jamba_product_call &call, float *scratch);
   void (*product)(const jamba_product_call &call, int64_t first, int64_t last, float *scratch);
+  // One thread's part of a product of many rows, `tiles` being shared.
+  void (*product_many)(const jamba_product_call &call, const TileKernels &kernels, uint32_t *tiles,
+                       Team team, uint32_t *scratch);
   void (*unpack)(const jamba_unpack_call &call, int64_t first, int64_t last, float *scratch);
   // One thread's part of a step.
   void (*step)(const jamba_step_call &call, const StepBuffers &shared, Team team, float *scratch);
+  // One thread's part of a prefill.
+  void (*prefill)(const jamba_step_call &call, const PrefillBuffers &shared,
+                  const TileKernels &kernels, Team team, float *scratch);
 
   void (*vector_function)(int64_t function, const float *x, float *y, int64_t count);
+
+  // Products of tiles beyond those of floats; another path may have the same code with others.
+  TileKernels tiles;
 };
 
 extern const Path path_avx512_vnni, path_avx512, path_avx2, path_portable;

@@ -152,12 +152,15 @@ JAMBA_INLINE Vec load_bfloat16(const uint16_t *p) {
   return (Vec)(__builtin_convertvector(half, WordVec) << 16);
 }
 
-// Rounds to nearest even; a NaN stays a NaN.
-JAMBA_INLINE void store_bfloat16(uint16_t *p, Vec v) {
+// The bits of the nearest bfloat16, ties to even, in the high half, and some in the low one; a NaN
+// stays a NaN.
+JAMBA_INLINE WordVec bfloat16_bits(Vec v) {
   const WordVec bits = (WordVec)v;
-  const WordVec rounded = bits + 0x7fffu + ((bits >> 16) & 1u);
-  const WordVec quiet = bits | 0x00400000u;
-  const HalfVec half = __builtin_convertvector((v == v ? rounded : quiet) >> 16, HalfVec);
+  return v == v ? bits + 0x7fffu + ((bits >> 16) & 1u) : bits | 0x00400000u;
+}
+
+JAMBA_INLINE void store_bfloat16(uint16_t *p, Vec v) {
+  const HalfVec half = __builtin_convertvector(bfloat16_bits(v) >> 16, HalfVec);
   memcpy(p, &half, sizeof half);
 }
 

@@ -17,7 +17,33 @@ struct Pairs {
   float *weights;    // [pairs]
 };
 
-// The K most probable experts of each row; ties go to the first.
+// Turns a row of scores into probabilities, of which the K largest become negative: ties go to the
+// first. Returns the row.
+inline const float *mark_chosen(float *row, int64_t X, int64_t K) {
+  float largest = row[0], sum = 0;
+  for (int64_t e = 1; e < X; e++) largest = row[e] > largest ? row[e] : largest;
+  for (int64_t e = 0; e < X; e++) sum += row[e] = expf(row[e] - largest);
+  if (!(sum > 0)) {
+    // Nothing compares with "not a number": the first K, with a weight that hides nothing.
+    for (int64_t e = 0; e < X; e++) row[e] = e < K ? -INFINITY : 0;
+    return row;
+  }
+  for (int64_t e = 0; e < X; e++) row[e] /= sum;
+  for (int64_t k = 0; k < K; k++) {
+    int64_t best = -1;
+    for (int64_t e = 0; e < X; e++) {
+      if (row[e] >= 0 && (best < 0 || row[e] > row[best])) best = e;
+    }
+    row[best] = -1 - row[best];
+  }
+  return row;
+}
+
+JAMBA_INLINE bool is_chosen(float marked) { return marked < 0; }
+
+JAMBA_INLINE float chosen_weight(float marked) { return -1 - marked; }
+
+// The K most probable experts of each row.
 inline Pairs route(const Step &step, const jamba_layer &layer) {
   const int64_t M = step.call.M, X = layer.experts > 0 ? layer.experts : 1;
   const int64_t K = layer.experts > 0 ? step.model.K : 1, pairs = M * K;
@@ -39,26 +65,16 @@ inline Pairs route(const Step &step, const jamba_layer &layer) {
   const Operand x = prepare_operand(layer.router, step.normed, step.model.D, M, step.operand);
   float *probability = step.local;
   multiply(layer.router, 0, X, x, FIRST_ROWS, M, probability, X);
-  for (int64_t m = 0; m < M; m++) {
-    float *row = probability + m * X, largest = row[0], sum = 0;
-    for (int64_t e = 1; e < X; e++) largest = row[e] > largest ? row[e] : largest;
-    for (int64_t e = 0; e < X; e++) sum += row[e] = expf(row[e] - largest);
-    for (int64_t e = 0; e < X; e++) row[e] /= sum;
-    // All but the K largest become negative: chosen ones are marked by their sign bit off.
-    for (int64_t k = 0; k < K; k++) {
-      int64_t best = -1;
-      for (int64_t e = 0; e < X; e++) {
-        if (row[e] >= 0 && (best < 0 || row[e] > row[best])) best = e;
-      }
-      row[best] = -1 - row[best];
-    }
-  }
+  for (int64_t m = 0; m < M; m++) mark_chosen(probability + m * X, X, K);
   int64_t filled = 0;
   for (int64_t e = 0; e < X; e++) {
     const int64_t start = filled;
     for (int64_t m = 0; m < M; m++) {
       const float value = probability[m * X + e];
-      if (value < 0) result.rows[filled] = m, result.weights[filled++] = -1 - value;
+      if (is_chosen(value)) {
+        result.rows[filled] = m;
+        result.weights[filled++] = chosen_weight(value);
+      }
     }
     if (filled > start) {
       result.experts[result.active] = e;

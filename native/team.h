@@ -24,9 +24,29 @@ struct Team {
     // A builtin: a function of <atomic> would be compiled with the flags of one instruction
     // set and might be linked into another.
     int64_t piece;
-    while ((piece = __atomic_fetch_add(taken, 1, __ATOMIC_RELAXED)) < count) work(piece);
+    while ((piece = take()) < count) work(piece);
     taken += COUNTER_STRIDE;
 #pragma omp barrier
+  }
+
+  // As above, with work(piece, next): `next` is what the same thread will do after it, or -1. A
+  // thread takes one piece before it has finished the other.
+  template <typename Work>
+  inline __attribute__((always_inline)) void share_ahead(int64_t count, const Work &work) {
+    int64_t piece = take();
+    while (piece < count) {
+      const int64_t next = take();
+      work(piece, next < count ? next : -1);
+      piece = next;
+    }
+    taken += COUNTER_STRIDE;
+    if (threads > 1) {
+#pragma omp barrier
+    }
+  }
+
+  inline __attribute__((always_inline)) int64_t take() {
+    return __atomic_fetch_add(taken, 1, __ATOMIC_RELAXED);
   }
 
   static constexpr int64_t COUNTER_STRIDE = 8;

@@ -17,6 +17,7 @@ from jamba_lm.kernels.native_step import STEP_ROWS
 from jamba_lm.language_model import LanguageModel, embedded_model_path, load
 from jamba_lm.model.state import KeyValueState, SequenceState
 from jamba_lm.sampling import Sampling
+from jamba_lm.stepper import Stepper
 from jamba_lm.text.tokenizer import Tokenizer, load_tokenizer
 from tests.arms import ARMS, SMALL, random_ids, shaken_model
 from tests.tolerances import ANY_SPLIT, assert_within
@@ -44,19 +45,16 @@ def embedded() -> tuple[LanguageModel, Tokenizer]:
 
 
 @pytest.fixture
-def calls(model, monkeypatch) -> list[list[int]]:
+def calls(monkeypatch) -> list[list[int]]:
     """How many tokens of each sequence every call of the model reads."""
     lengths: list[list[int]] = []
+    read = Stepper.read
 
-    def counted(run):
-        def call(sequences, *arguments):
-            lengths.append([len(ids) for ids in sequences])
-            return run(sequences, *arguments)
+    def counted(self, sequences, *arguments):
+        lengths.append([len(ids) for ids in sequences])
+        return read(self, sequences, *arguments)
 
-        return call
-
-    for name in ("next_logits", "last_logits"):
-        monkeypatch.setattr(model, name, counted(getattr(model, name)))
+    monkeypatch.setattr(Stepper, "read", counted)
     return lengths
 
 

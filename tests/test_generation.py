@@ -16,6 +16,7 @@ from jamba_lm.errors import InputError
 from jamba_lm.generation import generate, generate_batch, read_ids
 from jamba_lm.language_model import LanguageModel, load
 from jamba_lm.sampling import Sampling
+from jamba_lm.stepper import Stepper
 from jamba_lm.text.tokenizer import load_tokenizer
 from tests.arms import ARMS, SMALL, random_ids, shaken_model
 from tests.tiny_checkpoint import EOS_ID, TINY_TEXT
@@ -27,16 +28,16 @@ def model() -> LanguageModel:
 
 
 @pytest.fixture
-def calls(model: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
     """How many tokens of each sequence every call of the model reads."""
     lengths: list[list[int]] = []
-    next_logits = model.next_logits
+    read = Stepper.read
 
-    def counted(sequences, states=None):
+    def counted(self, sequences, *arguments):
         lengths.append([len(ids) for ids in sequences])
-        return next_logits(sequences, states)
+        return read(self, sequences, *arguments)
 
-    monkeypatch.setattr(model, "next_logits", counted)
+    monkeypatch.setattr(Stepper, "read", counted)
     return lengths
 
 

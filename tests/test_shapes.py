@@ -71,9 +71,11 @@ def test_names_keep_their_promises_when_reading_and_decoding(arm, backend):
     model = shaken_model(ARMS[arm], backend=backend)
     prompts = [random_ids(model.config, length) for length in (1, 7, 12)]
     with shapes_are_as_named() as watch:
+        # The modules, which native calls for whole models pass by.
         states = [model.new_state() for _ in prompts]
-        model.logits(prompts, states)
-        model.next_logits([ids[:1] for ids in prompts], states)
+        for ids in (prompts, [ids[:1] for ids in prompts]):
+            batch = Batch.of([len(one) for one in ids], states, backend)
+            model.decoder(torch.tensor([one for part in ids for one in part]), batch)
     assert len(watch.kept) > 10
 
 

@@ -12,15 +12,13 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Literal
 
-from torch import Tensor
-
 from jamba_lm.config_json import shown
 from jamba_lm.drafting.lookup import DraftCounts, LookupDrafter
 from jamba_lm.drafting.policy import LONGEST_DRAFT, Wish
 from jamba_lm.errors import InputError
 from jamba_lm.language_model import LanguageModel
 from jamba_lm.model.state import SequenceState
-from jamba_lm.sampling import Sampler, Sampling, log_probabilities
+from jamba_lm.sampling import Floats, Sampler, Sampling, log_probabilities
 from jamba_lm.text.stopping import StoppingText
 
 if TYPE_CHECKING:
@@ -143,7 +141,7 @@ class Continuation:
         self._ahead = self.state.fork()
         return self._ahead
 
-    def extend(self, logits: Tensor) -> list[GeneratedToken]:
+    def extend(self, logits: Sequence[Floats]) -> list[GeneratedToken]:
         """Pick tokens, from each row [V] of `logits` one, until a guess turns out wrong."""
         self.reading = False
         self._num_calls += 1
@@ -181,7 +179,7 @@ class Continuation:
             model.next_logits([self.unread[:-1]], [self.state])
             self.unread = self.unread[-1:]
 
-    def _pick(self, logits_V: Tensor) -> GeneratedToken:
+    def _pick(self, logits_V: Floats) -> GeneratedToken:
         request = self._request
         token = self._sampler.pick(logits_V)
         self._picked.append(token)

@@ -17,7 +17,7 @@ from jamba_lm.checkpoint.shards import is_ours
 from jamba_lm.checkpoint.stored_weights import open_weights
 from jamba_lm.errors import InputError
 from jamba_lm.files import make_folder, path_kind, write_json
-from jamba_lm.gguf_file import GgufFile
+from jamba_lm.gguf_parts import open_gguf
 from jamba_lm.text.gguf_tokenizer import folder_files, has_tokenizer, read_documents
 from jamba_lm.text.gguf_vocabulary import no_vocabulary, read_vocabulary
 
@@ -131,7 +131,7 @@ def gguf_to_folder(
         CapacityError: the disk has too little free space.
     """
     check_target(target, overwrite=overwrite)
-    file = GgufFile(source)
+    file = open_gguf(source)
     weights = GgufWeights(file, dtype)
     files = folder_files(read_documents(file)) if has_tokenizer(file) else {}
 

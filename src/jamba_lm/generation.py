@@ -21,7 +21,8 @@ from jamba_lm.drafting.policy import DraftPolicy
 from jamba_lm.errors import InputError
 from jamba_lm.language_model import LanguageModel
 from jamba_lm.model.state import SequenceState
-from jamba_lm.sampling import Sampling
+from jamba_lm.sampling import Floats, Sampling
+from jamba_lm.stepper import Stepper
 
 if TYPE_CHECKING:
     from jamba_lm.text.tokenizer import Tokenizer
@@ -150,11 +151,12 @@ def _run(
 ) -> Iterator[tuple[int, GeneratedToken]]:
     num_prompt = sum(len(sequence.unread) for sequence in sequences)
     running = list(enumerate(sequences))
+    stepper = Stepper(model)
     policy = DraftPolicy() if any(sequence.drafts for sequence in sequences) else None
     while running:
         work = _share_call(running, prefill_tokens, policy)
         started = time.perf_counter()
-        logits = _read(model, work)
+        logits = _read(stepper, work)
         seconds = time.perf_counter() - started
         reading = any(sequence.reading for _, sequence, _ in work)
         for _, sequence, ids in work:
@@ -210,11 +212,9 @@ def _share_call(
     return work
 
 
-def _read(model: LanguageModel, work: _Work) -> Sequence[Tensor]:
+def _read(stepper: Stepper, work: _Work) -> list[list[Floats]]:
     """Let the model read, and return the logits after the last token and the drafted ones."""
     ids = [ids for _, _, ids in work]
     states = [sequence.state_to_move() for _, sequence, _ in work]
     counts = [1 + len(sequence.draft) for _, sequence, _ in work]
-    if max(counts) == 1:
-        return model.next_logits(ids, states).cpu().split(1)
-    return [logits.cpu() for logits in model.last_logits(ids, counts, states)]
+    return stepper.read(ids, counts, states)

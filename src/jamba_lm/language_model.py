@@ -31,6 +31,7 @@ from jamba_lm.model.batch import Batch
 from jamba_lm.model.decoder import Decoder, Rows
 from jamba_lm.model.initialization import initialize
 from jamba_lm.model.state import SequenceState
+from jamba_lm.prefill import prefill
 from jamba_lm.quantization.policy import Scheme, find_scheme
 from jamba_lm.quantization.rewrite import (
     PlainWeights,
@@ -104,6 +105,19 @@ class LanguageModel:
     def new_state(self) -> SequenceState:
         """Return the state of a sequence of which nothing has been read."""
         return SequenceState(self.config, self.dtype, lambda: self.fingerprint)
+
+    def require_states(self, states: Sequence[SequenceState]) -> None:
+        """Refuse states whose memory this model would not fill, or fill too far.
+
+        Raises:
+            InputError: a state was made by a model of other sizes, or in another type.
+        """
+        for index, state in enumerate(states):
+            if not state.fits(self.config, self.dtype):
+                raise InputError(
+                    f"state {index} was made for a model of other sizes or of another type than "
+                    f"{self.dtype}: start with this model's new_state()"
+                )
 
     def logits(
         self,
@@ -186,10 +200,11 @@ class LanguageModel:
 
     def why_not_step(self) -> str | None:
         """Say why few tokens are read module by module, or None when one native call reads them."""
-        plan = self._current_plan()
+        plan = self.step_plan()
         return plan if isinstance(plan, str) else None
 
-    def _current_plan(self) -> StepPlan | str:
+    def step_plan(self) -> StepPlan | str:
+        """Return the plan by which few tokens are read in one native call, or why there is none."""
         if isinstance(self._plan, StepPlan) and not self._plan.is_current:
             self._plan = None
         if self._plan is None:
@@ -198,12 +213,14 @@ class LanguageModel:
         return self._plan
 
     def _read(self, ids_M: Tensor, batch: Batch, rows: Rows) -> Tensor:
-        """Return the logits after `rows`, float32, by one native call where that can be."""
-        if batch.states is not None and batch.num_rows <= STEP_ROWS:
-            plan = self._current_plan()
-            if isinstance(plan, StepPlan):
-                sequences = [ids_M[first:end].tolist() for first, end in batch.spans()]
-                return plan.run(sequences, batch.states, batch.numbers_of(rows))
+        """Return the logits after `rows`, float32, by native calls where that can be."""
+        plan = self.step_plan()
+        if isinstance(plan, StepPlan):
+            states = batch.states or [self.new_state() for _ in batch.lengths]
+            sequences = [ids_M[first:end].tolist() for first, end in batch.spans()]
+            if batch.num_rows <= STEP_ROWS:
+                return plan.run(sequences, states, batch.numbers_of(rows))
+            return prefill(plan, sequences, states, batch.numbers_of(rows))
         with torch.no_grad():
             return self.decoder(ids_M, batch, rows=rows)
 
@@ -213,6 +230,7 @@ class LanguageModel:
         states: Sequence[SequenceState] | None,
     ) -> tuple[Tensor, Batch]:
         batch = Batch.of([len(ids) for ids in sequences], states, self.backend)
+        self.require_states(batch.states or ())
         try:
             flat = [one for ids in sequences for one in ids]
             ids_M = torch.tensor(flat, dtype=torch.int64)

@@ -30,6 +30,8 @@ HIGHEST_TEMPERATURE = 100.0
 NUM_DRAW_BITS = 53
 # The draw first finds the block of this many tokens, then the token in it.
 CDF_BLOCK = 256
+# Columns in which the largest values are looked for, for each that is wanted.
+TOP_K_WIDTH = 8
 
 Floats = NDArray[np.float32]
 Ids = NDArray[np.int64]
@@ -141,7 +143,7 @@ class Sampler:
         # A fresh array of this size costs more in page faults than the arithmetic on it.
         self._scaled_V = np.empty(vocab_size, dtype=np.float32)
 
-    def pick(self, logits_V: Tensor) -> int:
+    def pick(self, logits_V: Tensor | Floats) -> int:
         """Pick the next token.
 
         Args:
@@ -150,11 +152,11 @@ class Sampler:
         Raises:
             JambaError: the logits are not numbers.
         """
-        row_V = self._penalized(logits_V)
+        row_V, likeliest = self._penalized(logits_V)
         if self._sampling.temperature == 0:
-            token = int(row_V.argmax())
+            token = likeliest
         else:
-            ids_J, weight_J = self._candidates(row_V)
+            ids_J, weight_J = self._candidates(row_V, likeliest)
             place = inverse_cdf(weight_J, uniform(self.seed, self.num_picked))
             token = int(ids_J[place])
         self.num_picked += 1
@@ -163,7 +165,7 @@ class Sampler:
         self._times_picked[token] = self._times_picked.get(token, 0) + 1
         return token
 
-    def candidates(self, logits_V: Tensor) -> tuple[Ids, Floats]:
+    def candidates(self, logits_V: Tensor | Floats) -> tuple[Ids, Floats]:
         """Return the tokens that the next draw may give, and their weights: steps 1 to 6.
 
         Returns:
@@ -172,35 +174,39 @@ class Sampler:
         Raises:
             JambaError: the logits are not numbers.
         """
-        row_V = self._penalized(logits_V)
+        row_V, likeliest = self._penalized(logits_V)
         if self._sampling.temperature == 0:
-            return np.array([row_V.argmax()], dtype=np.int64), np.ones(1, dtype=np.float32)
-        return self._candidates(row_V)
+            return np.array([likeliest], dtype=np.int64), np.ones(1, dtype=np.float32)
+        return self._candidates(row_V, likeliest)
 
-    def _penalized(self, logits_V: Tensor) -> Floats:
+    def _penalized(self, logits_V: Tensor | Floats) -> tuple[Floats, int]:
+        """Return the logits after steps 1 and 2, and the place of the largest."""
         sampling = self._sampling
-        row_V: Floats = logits_V.numpy(force=True)
-        if not math.isfinite(largest := float(row_V.max())):
+        row_V = logits_V if isinstance(logits_V, np.ndarray) else logits_V.numpy(force=True)
+        # The place of a NaN, if there is one.
+        likeliest = int(row_V.argmax())
+        if not math.isfinite(largest := row_V.item(likeliest)):
             raise JambaError(
                 f"the model's logits are not numbers (the largest is {largest}): its weights are "
                 "damaged or overflow in this type; try fp32"
             )
+        unchanged = row_V
         if self._read_V is not None:
             row_V = penalize_repetition(row_V, self._read_V, sampling.repetition_penalty)
         if self._times_picked and (sampling.frequency_penalty or sampling.presence_penalty):
             row_V = row_V.copy()
             for token, times in self._times_picked.items():
                 row_V[token] -= sampling.frequency_penalty * times + sampling.presence_penalty
-        return row_V
+        return row_V, likeliest if row_V is unchanged else int(row_V.argmax())
 
-    def _candidates(self, row_V: Floats) -> tuple[Ids, Floats]:
+    def _candidates(self, row_V: Floats, likeliest: int) -> tuple[Ids, Floats]:
         sampling = self._sampling
         # The largest becomes zero first, so that a low temperature cannot overflow.
-        scaled_V = np.subtract(row_V, row_V.max(), out=self._scaled_V)
-        scaled_V /= np.float32(sampling.temperature)
+        scaled_V = np.subtract(row_V, row_V[likeliest], out=self._scaled_V)
+        if sampling.temperature != 1:
+            scaled_V /= np.float32(sampling.temperature)
         if sampling.top_k is not None and sampling.top_k < len(scaled_V):
-            smallest_kept = np.partition(scaled_V, -sampling.top_k)[-sampling.top_k]
-            ids_J = np.flatnonzero(scaled_V >= smallest_kept)
+            ids_J = largest(scaled_V, sampling.top_k)
             weight_J = np.exp(scaled_V[ids_J])
         else:
             ids_J = np.arange(len(scaled_V))
@@ -226,7 +232,21 @@ def penalize_repetition(row_V: Floats, read_V: NDArray[np.bool_], penalty: float
     return penalized_V
 
 
-def most_likely(weight_J: Floats, top_p: float) -> NDArray[np.int64]:
+def largest(values: Floats, count: int) -> Ids:
+    """Return the places of the `count` largest, and of all that tie with the last, ascending."""
+    width = TOP_K_WIDTH * count
+    if width > len(values) // 2:
+        return np.flatnonzero(values >= np.partition(values, -count)[-count])
+    # The largest of `width` columns are different values, so the `count` largest of them bound what
+    # is looked for from below, and few values are above that bound.
+    rows = len(values) // width
+    heads = values[: rows * width].reshape(rows, width).max(axis=0)
+    some = np.flatnonzero(values >= np.partition(heads, -count)[-count])
+    chosen = values[some]
+    return some[chosen >= np.partition(chosen, -count)[-count]]
+
+
+def most_likely(weight_J: Floats, top_p: float) -> Ids:
     """Return the places of the fewest largest weights that make up `top_p` of all, ascending.
 
     Of weights that tie, those that come first are taken.
@@ -237,11 +257,15 @@ def most_likely(weight_J: Floats, top_p: float) -> NDArray[np.int64]:
     # Sorting a whole vocabulary is slow. Weights under this bound make up 1 - top_p only all
     # together, so none of them is ever among those kept.
     some = np.flatnonzero(weight_J >= (1 - top_p) * total / len(weight_J))
-    order = np.argsort(-weight_J[some], kind="stable")
-    ordered = weight_J[some[order]].astype(np.float64)
+    weight_some = weight_J[some]
+    # Values are sorted many times faster than places.
+    ordered = np.sort(weight_some)[::-1].astype(np.float64)
     before = ordered.cumsum() - ordered
     num_kept = max(1, int(np.count_nonzero(before < top_p * total)))
-    return np.sort(some[order[:num_kept]])
+    kept = weight_some > ordered[num_kept - 1]
+    ties = np.flatnonzero(weight_some == ordered[num_kept - 1])
+    kept[ties[: num_kept - np.count_nonzero(kept)]] = True
+    return some[np.flatnonzero(kept)]
 
 
 def uniform(seed: int, index: int) -> float:
@@ -274,11 +298,13 @@ def inverse_cdf(weight_J: Floats, u: float) -> int:
 def _first_past(cumulative: NDArray[np.float64], target: float) -> int:
     # side="right" passes over weights of zero, whose entry equals the one before.
     place = int(np.searchsorted(cumulative, target, side="right"))
-    # Rounding may put the target at the very end: then it is the last weight that is not zero.
-    return min(place, int(np.count_nonzero(cumulative < cumulative[-1])))
+    if place < len(cumulative):
+        return place
+    # Rounding has put the target at the very end: then it is the last weight that is not zero.
+    return int(np.count_nonzero(cumulative < cumulative[-1]))
 
 
-def log_probabilities(logits_V: Tensor, picked: int, num_top: int) -> LogProbabilities:
+def log_probabilities(logits_V: Tensor | Floats, picked: int, num_top: int) -> LogProbabilities:
     """Return what the model itself thought, before any of the steps, in natural logarithms.
 
     Args:
@@ -286,7 +312,7 @@ def log_probabilities(logits_V: Tensor, picked: int, num_top: int) -> LogProbabi
         picked: the token whose log-probability is wanted.
         num_top: how many of the most likely tokens to list as well.
     """
-    row_V: Floats = logits_V.numpy(force=True)
+    row_V = logits_V if isinstance(logits_V, np.ndarray) else logits_V.numpy(force=True)
     largest = float(row_V.max())
     log_total = largest + math.log(float(np.exp(row_V - largest).sum(dtype=np.float64)))
     num_top = min(num_top, len(row_V))

@@ -9,7 +9,8 @@ M rows, B sequences, V vocabulary; the other letters are those of `kernels/ops.p
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import cast
+from operator import attrgetter, is_
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -41,6 +42,8 @@ from jamba_lm.model.state import KeyValueState, LayerState, MambaState, Sequence
 # What the step has no code for; a decoder of anything else runs module by module.
 _STATE_DTYPES = (torch.float32, torch.bfloat16)
 
+_VERSION = attrgetter("_version")
+
 # Parameters of two axes that a plan copies, as it does all of one.
 COPIED = ("conv_CW", "log_decay_CN")
 
@@ -59,7 +62,7 @@ class StepPlan:
     def __init__(self, config: JambaConfig, decoder: Decoder) -> None:
         """Describe `decoder`, which `why_not_plan` has nothing against."""
         head = decoder.embedding if decoder.head is None else decoder.head
-        self._model = StepModel(
+        self.model = StepModel(
             StepSizes(
                 d_model=config.d_model,
                 vocab_size=config.vocab_size,
@@ -81,20 +84,27 @@ class StepPlan:
             epsilon=config.norm_eps,
             attention_scale=config.d_head**-0.5,
         )
+        # Who holds every module, weight and packed weight, under which name.
+        self._holders, self._names, self._held = _members(decoder)
         self._parameters = list(decoder.parameters())
         self._places = [x.data_ptr() for x in self._parameters]
         # Those that were copied: matrices are read where they lie, whatever they hold by then.
+        # Inference tensors count no versions, and cannot be changed outside inference mode.
         self._copied = [
-            x for name, x in decoder.named_parameters() if x.dim() == 1 or name.endswith(COPIED)
+            x
+            for name, x in decoder.named_parameters()
+            if (x.dim() == 1 or name.endswith(COPIED)) and not x.is_inference()
         ]
-        self._versions = [_version(x) for x in self._copied]
+        self._versions = [x._version for x in self._copied]
 
     @property
     def is_current(self) -> bool:
         """Say whether the decoder's weights are still those that were described."""
-        return self._places == [x.data_ptr() for x in self._parameters] and self._versions == [
-            _version(x) for x in self._copied
-        ]
+        return (
+            all(map(is_, map(dict.get, self._holders, self._names), self._held))
+            and list(map(Tensor.data_ptr, self._parameters)) == self._places
+            and list(map(_VERSION, self._copied)) == self._versions
+        )
 
     def run(
         self,
@@ -114,20 +124,12 @@ class StepPlan:
             logit_rows: among the rows of all sequences laid end to end.
             path: forces an instruction set, for tests.
         """
-        after = [
-            [_layer_after(layer, len(ids)) for layer in state.layers]
-            for ids, state in zip(sequences, states, strict=True)
-        ]
-        memories = [
-            _memory(state.layers[index], layers[index])
-            for index in range(len(states[0].layers))
-            for state, layers in zip(states, after, strict=True)
-        ]
+        memories, after = plan_memories(states, [len(ids) for ids in sequences])
         offsets = [0]
         for ids in sequences:
             offsets.append(offsets[-1] + len(ids))
         ids_M = [one for ids in sequences for one in ids]
-        logits = run_step(self._model, ids_M, offsets, memories, logit_rows, path=path)
+        logits = run_step(self.model, ids_M, offsets, memories, logit_rows, path=path)
         for ids, state, layers in zip(sequences, states, after, strict=True):
             state.advance(layers, ids)
         return logits
@@ -173,7 +175,9 @@ def _experts(feed_forward: nn.Module) -> list[MLP]:
 
 
 def _linear(module: nn.Module) -> Linear:
-    return Linear(_weight(module), getattr(module, "bias", None))
+    return Linear(
+        _weight(module), getattr(module, "bias", None), rows8=getattr(module, "rows8", False)
+    )
 
 
 def _gain(norm: nn.Module) -> Tensor | None:
@@ -243,9 +247,42 @@ def _weight(module: nn.Module) -> Tensor | PackedWeight:
     return weight
 
 
-def _version(x: Tensor) -> int:
-    # Inference tensors count no versions, and cannot be changed outside inference mode.
-    return 0 if x.is_inference() else x._version
+def _members(decoder: Decoder) -> tuple[list[dict[str, Any]], list[str], list[object]]:
+    holders: list[dict[str, Any]] = []
+    names: list[str] = []
+    held: list[object] = []
+    for module in decoder.modules():
+        packed = {name: one for name, one in vars(module).items() if isinstance(one, PackedWeight)}
+        for holder, members in (
+            (module._modules, module._modules),
+            (module._parameters, module._parameters),
+            (vars(module), packed),
+        ):
+            holders += [holder] * len(members)
+            names += members.keys()
+            held += members.values()
+    return holders, names, held
+
+
+def plan_memories(
+    states: Sequence[SequenceState], lengths: Sequence[int]
+) -> tuple[list[MambaMemory | KeyMemory], list[list[LayerState]]]:
+    """Make room for what each of `states` will remember after `lengths` more tokens.
+
+    Returns:
+        What the native code reads and writes, layer by layer and within a layer sequence by
+        sequence, and the layers of each state after it.
+    """
+    after = [
+        [_layer_after(layer, length) for layer in state.layers]
+        for state, length in zip(states, lengths, strict=True)
+    ]
+    memories = [
+        _memory(state.layers[index], layers[index])
+        for index in range(len(states[0].layers))
+        for state, layers in zip(states, after, strict=True)
+    ]
+    return memories, after
 
 
 def _layer_after(layer: LayerState, num_tokens: int) -> LayerState:
@@ -260,4 +297,4 @@ def _memory(before: LayerState, after: LayerState) -> MambaMemory | KeyMemory:
     if isinstance(before, MambaState) and isinstance(after, MambaState):
         return MambaMemory(before.conv_LC, before.scan_CN, after.conv_LC, after.scan_CN)
     assert isinstance(after, KeyValueState)
-    return KeyMemory(after.key_blocks(), after.value_blocks())
+    return KeyMemory(after.block_addresses())

@@ -203,7 +203,9 @@ def test_a_decay_that_is_not_negative_is_refused(tmp_path, value):
     [
         ({"general.architecture": ("string", "llama")}, "'llama', expected 'jamba'"),
         ({"general.architecture": ("uint32", 3)}, "expected 'jamba'"),
-        ({"split.count": ("uint16", 3)}, "llama-gguf-split --merge"),
+        ({"split.count": ("uint16", 3)}, r"one part of 3, and .* -00001-of-00003\.gguf"),
+        ({"split.count": ("uint16", 0)}, "split.count is 0"),
+        ({"split.count": ("string", "3")}, "split.count is string"),
         ({"jamba.block_count": ("uint32", 2**31)}, "layers are claimed"),
         ({"jamba.block_count": ("string", "4")}, "expected a whole number"),
         ({"jamba.block_count": ("uint32", 3)}, "lists 4 layers, but there are 3"),

@@ -10,6 +10,8 @@ import torch
 from jamba_lm.analysis.workload import Timing, Workload, run_once
 from jamba_lm.cli.bench import spread, summary
 from jamba_lm.cli.main import main
+from jamba_lm.language_model import LanguageModel
+from jamba_lm.stepper import Stepper
 from tests.arms import SMALL, shaken_model
 
 
@@ -43,13 +45,16 @@ def test_a_repetition_reads_and_writes_what_the_workload_says(
 ):
     model = shaken_model(SMALL)
     calls: list[list[int]] = []
-    next_logits = model.next_logits
 
-    def counted(sequences, states=None):
-        calls.append([len(ids) for ids in sequences])
-        return next_logits(sequences, states)
+    def counted(run):
+        def call(self, sequences, *arguments):
+            calls.append([len(ids) for ids in sequences])
+            return run(self, sequences, *arguments)
 
-    monkeypatch.setattr(model, "next_logits", counted)
+        return call
+
+    monkeypatch.setattr(LanguageModel, "next_logits", counted(LanguageModel.next_logits))
+    monkeypatch.setattr(Stepper, "read", counted(Stepper.read))
     timing = run_once(model, Workload(30, 4, batch, prefill_tokens))
     assert sum(map(sum, calls[:-4])) == 30 * batch
     assert all(sum(call) <= max(prefill_tokens, batch) for call in calls)

@@ -15,6 +15,7 @@ from jamba_lm.cli.saved_conversation import MESSAGES_FILE
 from jamba_lm.errors import InputError, JambaError, StateError
 from jamba_lm.language_model import LanguageModel, load
 from jamba_lm.sampling import Sampling
+from jamba_lm.stepper import Stepper
 from jamba_lm.text.tokenizer import load_tokenizer
 from tests.tiny_checkpoint import CHATML_TEMPLATE, EOS_ID, IM_END_ID, write_tiny_checkpoint
 
@@ -32,16 +33,19 @@ def model(folder) -> LanguageModel:
 
 
 @pytest.fixture
-def calls(model, monkeypatch) -> list[list[int]]:
+def calls(monkeypatch) -> list[list[int]]:
     """The ids that every call of the model reads."""
     read: list[list[int]] = []
-    next_logits = model.next_logits
 
-    def recorded(sequences, states=None):
-        read.extend([list(ids) for ids in sequences])
-        return next_logits(sequences, states)
+    def recorded(run):
+        def call(self, sequences, *arguments):
+            read.extend([list(ids) for ids in sequences])
+            return run(self, sequences, *arguments)
 
-    monkeypatch.setattr(model, "next_logits", recorded)
+        return call
+
+    monkeypatch.setattr(LanguageModel, "next_logits", recorded(LanguageModel.next_logits))
+    monkeypatch.setattr(Stepper, "read", recorded(Stepper.read))
     return read
 
 

@@ -15,8 +15,9 @@ import torch
 
 from jamba_lm.cli.main import main
 from jamba_lm.generation import generate
-from jamba_lm.language_model import LanguageModel, load
+from jamba_lm.language_model import load
 from jamba_lm.model.layout import draw_layers
+from jamba_lm.stepper import Stepper
 from jamba_lm.text.tokenizer import load_tokenizer
 from tests.arms import shaken_model
 from tests.cli.running import ENVIRONMENT, PROGRAM
@@ -159,13 +160,13 @@ def test_options_reach_the_model(run):
 
 def test_a_long_prompt_is_read_in_pieces(run, tmp_path, monkeypatch):
     rows: list[int] = []
-    next_logits = LanguageModel.next_logits
+    read = Stepper.read
 
-    def counted(self, sequences, states=None):
+    def counted(self, sequences, *arguments):
         rows.append(sum(len(ids) for ids in sequences))
-        return next_logits(self, sequences, states)
+        return read(self, sequences, *arguments)
 
-    monkeypatch.setattr(LanguageModel, "next_logits", counted)
+    monkeypatch.setattr(Stepper, "read", counted)
     (tmp_path / "long.txt").write_text(TINY_TEXT * 20)
     values = json.loads(run("--prompt-file", str(tmp_path / "long.txt"), "--json")[0])
     assert values["timing"]["prompt_tokens"] > 1000

@@ -136,6 +136,20 @@ def test_values_and_gradients_are_those_of_the_definition(
     assert_all_within(found, definition(inputs, slopes))
 
 
+@pytest.mark.parametrize("others", DTYPES)
+@pytest.mark.parametrize("name", ["x", "weight", "bias"])
+@pytest.mark.parametrize("runner", RUNNERS)
+def test_each_input_may_be_of_either_type(runner: str, name: str, others: str):
+    types = dict.fromkeys(("x", "weight", "bias"), DTYPES[others])
+    types[name] = DTYPES["bf16" if others == "fp32" else "fp32"]
+    inputs = conv_inputs([3, 20], channels=20)
+    inputs = replace(inputs, **{x: getattr(inputs, x).to(dtype) for x, dtype in types.items()})
+    inputs = replace(inputs, state=inputs.state.to(types["x"]))
+    slopes = slopes_of(inputs)
+    found = run_both_ways(lambda leaves: run(runner, leaves), inputs, slopes)
+    assert_all_within(found, definition(inputs, slopes))
+
+
 def test_the_definition_is_a_depthwise_convolution():
     inputs = conv_inputs([20], channels=6, silu=False, with_state=False)
     x_CT = F.pad(inputs.x.t(), (3, 0))

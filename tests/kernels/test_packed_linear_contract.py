@@ -22,14 +22,15 @@ KINDS = {
     "int4 by 64": lambda weight: quantize_int4(weight, 64),
 }
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-# Rows, outputs, inputs: one row, a few, many; outputs that fill no vector; more groups than a
-# kernel unpacks at once.
+# Rows, outputs, inputs: one row, a few, one more than few, many; outputs that fill no vector; more
+# groups than a kernel unpacks at once.
 SHAPES = [
     (1, 1, 64),
     (1, 48, 128),
     (3, 17, 192),
     (8, 33, 64),
     (16, 5, 2048),
+    (17, 5, 64),
     (2, 6, 4160),
     (70, 96, 256),
 ]
@@ -117,6 +118,51 @@ def test_sums_of_the_largest_integers_do_not_overflow(path):
     assert_within(y, torch.full((3, 5), float(inputs)), PACKED_LINEAR["fp32"])
 
 
+@pytest.mark.parametrize("path", PATHS)
+def test_integers_are_multiplied_exactly(path):
+    # The largest input is what the kernel rounds to 32767, so that the others round to themselves.
+    x = torch.randint(-200, 200, (3, 192)).float()
+    x[:, 5] = torch.tensor([32767.0, -32767.0, 32767.0])
+    eight = Int8Weight(torch.randint(-3, 4, (9, 192), dtype=torch.int8), torch.ones(9))
+    packed = torch.randint(256, (9, 96), dtype=torch.uint8)
+    one = torch.ones(9, 3, dtype=torch.bfloat16)
+    for weight in (eight, Int4Weight(packed, one, -8 * one), Int4Weight(packed, 2 * one, one)):
+        found = native_products.packed_linear(x, weight, path=path)
+        assert torch.equal(found.double(), defined(x, weight, None))
+
+
+@pytest.mark.parametrize("size", [1e-44, 1e-38, 1e-34, 1e-30, 1e30])
+@pytest.mark.parametrize("path", PATHS)
+def test_rows_of_very_small_or_large_values_do_not_overflow(path, size):
+    weight = Int8Weight.quantize(torch.randn(9, 64))
+    x = size * torch.randn(3, 64)
+    found = native_products.packed_linear(x, weight, path=path)
+    expected = defined(x, weight, None)
+    # Below 2^-100 a row may count as zero.
+    allowed = PACKED_LINEAR["native fp32"] * expected.abs().max() + 2.0**-96
+    assert (found - expected).abs().max() <= allowed
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("path", PATHS)
+def test_the_number_of_threads_changes_no_bit(path, kind):
+    weight, x = KINDS[kind](torch.randn(1003, 512)), torch.randn(5, 512)
+    before = torch.get_num_threads()
+    found = []
+    try:
+        # More than once each: threads that share what they should not meet by chance.
+        for threads in (1, 2, 3, 2, 3, 2, 3):
+            torch.set_num_threads(threads)
+            found.append(native_products.packed_linear(x, weight, path=path))
+            found.append(native_products.unpack(weight, torch.float32, path=path))
+    finally:
+        torch.set_num_threads(before)
+    assert_within(found[0], defined(x, weight, None), PACKED_LINEAR["native fp32"])
+    for y, matrix in zip(found[2::2], found[3::2], strict=True):
+        assert torch.equal(y, found[0])
+        assert torch.equal(matrix, weight.dequantize())
+
+
 @pytest.mark.parametrize("inputs", [1, 7, 33, 100, 8200])
 @pytest.mark.parametrize("path", PATHS)
 def test_rows_in_eight_bits_may_have_any_length(path, inputs):
@@ -159,6 +205,13 @@ def test_a_gradient_passes_through_to_the_inputs(kind):
     assert_within(x.grad, expected, PACKED_LINEAR["fp32"])
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_gradient_that_only_the_bias_needs_is_not_lost(backend):
+    weight, bias = Int8Weight.quantize(torch.randn(12, 64)), torch.zeros(12, requires_grad=True)
+    ops.packed_linear(torch.randn(3, 64), weight, bias, backend=backend).sum().backward()
+    assert torch.equal(bias.grad, torch.full((12,), 3.0))
+
+
 @pytest.mark.parametrize(
     ("x", "bias", "message"),
     [
@@ -176,3 +229,15 @@ def test_wrong_shapes_and_places_are_refused(x, bias, message):
 def test_four_bits_come_in_two_classes_of_groups():
     assert {KINDS[kind](torch.randn(2, 64)).group for kind in KINDS if "4" in kind} == {32, 64}
     assert isinstance(KINDS["int4 by 64"](torch.randn(2, 64)), Int4Weight)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("wrong", [float("nan"), float("inf")])
+def test_a_row_that_is_not_finite_is_not_hidden(wrong, path, kind):
+    weight, x = KINDS[kind](torch.randn(9, 128)), torch.randn(3, 128)
+    for place in (0, 77):
+        x[1, place] = wrong
+        y = native_products.packed_linear(x, weight, path=path)
+        assert not y[1].isfinite().any()
+        assert y[[0, 2]].isfinite().all()

@@ -83,6 +83,19 @@ def test_a_norm_of_single_values_is_a_sign_and_has_no_slope(runner: str):
     assert float(x.grad.abs().max()) < ROW_OPS["fp32"]
 
 
+@pytest.mark.parametrize("size", [0.0, 1e-10, 1e-3])
+@pytest.mark.parametrize("runner", RUNNERS)
+def test_the_epsilon_of_a_norm_counts_where_values_are_small(runner: str, size: float):
+    x, weight = inputs_of("rms_norm", (3, 20), "fp32")
+    x = (size * x).requires_grad_()
+    wide = x.detach().double().requires_grad_()
+    y, expected = norm(runner)(x, weight), norm("reference")(wide, weight.double())
+    assert_within(y, expected, ROW_OPS["fp32"])
+    y.sum().backward()
+    expected.sum().backward()
+    assert_within(x.grad, wide.grad, ROW_OPS["fp32"])
+
+
 @pytest.mark.parametrize("operation", OPERATIONS)
 @pytest.mark.parametrize("runner", RUNNERS)
 def test_strides_do_not_matter_and_inputs_are_left_alone(runner: str, operation: str):

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tests.kernels.scan_cases import (
+    DTYPES,
     NAMES,
     PATHS,
     RUNNERS,
@@ -61,6 +62,23 @@ def test_values_and_gradients_are_those_of_the_definition(
     for name in NAMES:
         assert found[f"gradient of {name}"].dtype == getattr(inputs, name).dtype
     assert_all_within(found, definition(inputs, slopes), dtype)
+
+
+@pytest.mark.parametrize("others", ["fp32", "bf16"])
+@pytest.mark.parametrize("name", ["u", "dt", "dt_bias", "B", "C", "skip"])
+@pytest.mark.parametrize("runner", RUNNERS)
+def test_each_input_may_be_of_either_type(runner: str, name: str, others: str):
+    one = DTYPES["bf16" if others == "fp32" else "fp32"]
+    inputs = scan_inputs([3, 20], channels=20)
+    types = dict.fromkeys(("u", "dt", "dt_bias", "B", "C", "skip"), DTYPES[others])
+    types[name] = one
+    inputs = replace(inputs, **{x: getattr(inputs, x).to(dtype) for x, dtype in types.items()})
+    slopes = slopes_of(inputs)
+    expected = definition(inputs, slopes)
+    found = run_both_ways(scan(runner), inputs, slopes)
+    assert_all_within(found, expected, others)
+    y, _ = scan(runner)(*inputs.arguments)
+    assert_within(y, expected["y"], SCAN["bf16" if y.dtype is torch.bfloat16 else "value"])
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)

@@ -33,7 +33,8 @@ def test_logits_not_asked_for_are_never_computed():
     model = shaken_model(SMALL)
     widths: list[int] = []
     model.decoder.head.register_forward_pre_hook(lambda _, args: widths.append(len(args[0])))
-    model.next_logits([random_ids(SMALL, 50), [1]])
+    ids = torch.tensor([*random_ids(SMALL, 50), 1])
+    model.decoder(ids, Batch.of([50, 1]), rows="last")
     assert widths == [2]
 
 

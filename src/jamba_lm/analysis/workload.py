@@ -14,6 +14,7 @@ import torch
 from jamba_lm.drafting.lookup import DraftCounts
 from jamba_lm.generation import Request, generate_batch
 from jamba_lm.language_model import LanguageModel
+from jamba_lm.stepper import Stepper
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,8 +90,9 @@ def run_once(model: LanguageModel, workload: Workload) -> Timing:
         )
         num_bytes = sum(state.num_bytes for state in states)
         return Timing(read - started, written - read, num_bytes, drafting)
+    stepper, one_each = Stepper(model), [1] * workload.batch
     for _ in range(workload.num_new_tokens):
-        logits_BV = model.next_logits([[token] for token in picked], states)
-        picked = logits_BV.argmax(dim=-1).tolist()
+        logits = stepper.read([[token] for token in picked], one_each, states)
+        picked = [int(logits_V.argmax()) for (logits_V,) in logits]
     written = time.perf_counter()
     return Timing(read - started, written - read, sum(state.num_bytes for state in states))

@@ -23,7 +23,7 @@ PLAIN: dict[str, torch.dtype] = {
     "BF16": torch.bfloat16,
 }
 # A multiple of every block's length.
-PIECE_VALUES = 2**18
+PIECE_VALUES = 2**20
 
 
 @cache

@@ -21,6 +21,7 @@ from jamba_lm.config import JambaConfig
 from jamba_lm.errors import CheckpointError, ConfigError
 from jamba_lm.gguf_file import GgufFile
 from jamba_lm.gguf_output import Typed
+from jamba_lm.gguf_parts import open_gguf
 from jamba_lm.model.layout import plan_layers
 
 ARCHITECTURE = "jamba"
@@ -49,7 +50,7 @@ def load_gguf_config(path: str | Path) -> JambaConfig:
     Raises:
         CheckpointError: no sound GGUF file of a Jamba model.
     """
-    return read_config(GgufFile(path))
+    return read_config(open_gguf(path))
 
 
 def read_config(file: GgufFile) -> JambaConfig:
@@ -63,10 +64,6 @@ def read_config(file: GgufFile) -> JambaConfig:
     kind = file.get("general.architecture")
     if kind != ARCHITECTURE:
         raise header.error(f"general.architecture is {kind!r:.60}, expected {ARCHITECTURE!r}")
-    if (file.get("split.count") or 1) != 1:
-        raise header.error(
-            "it is one part of several: join them first (llama-gguf-split --merge FIRST OUT)"
-        )
     depth = header.integer("block_count")
     if not 1 <= depth <= len(file.tensors):
         raise header.error(f"{depth} layers are claimed for {len(file.tensors)} tensors")

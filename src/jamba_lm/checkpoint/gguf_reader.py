@@ -6,21 +6,23 @@ values in the type asked for are not copied, all others are decoded one tensor a
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterator, Mapping
+from math import prod
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from jamba_lm.checkpoint.diagnosis import Mismatch
-from jamba_lm.checkpoint.gguf_blocks import PLAIN, decode
+from jamba_lm.checkpoint.gguf_blocks import decode
 from jamba_lm.checkpoint.gguf_config import read_config
 from jamba_lm.checkpoint.gguf_names import DECAY, place_of, stacked_shapes
+from jamba_lm.checkpoint.gguf_storage import loaded_format
 from jamba_lm.checkpoint.huggingface import as_dtype, place
 from jamba_lm.config import JambaConfig
 from jamba_lm.errors import CheckpointError
-from jamba_lm.gguf_file import GgufFile, Shape
+from jamba_lm.gguf_file import GgufFile
+from jamba_lm.gguf_parts import open_gguf
 from jamba_lm.model.decoder import Decoder
 from jamba_lm.model.mamba import KEPT_WIDE
 
@@ -48,7 +50,7 @@ class GgufWeights(Mapping[str, Tensor]):
         """
         self._file = file
         self.config = read_config(file)
-        self.dtype = _prevalent_dtype(file) if dtype == "auto" else as_dtype(dtype)
+        self.dtype = as_dtype(loaded_format(file) if dtype == "auto" else dtype)
         _check_scale(self.config, file)
         with torch.device("meta"):
             blank = Decoder(self.config)
@@ -99,7 +101,7 @@ class GgufWeights(Mapping[str, Tensor]):
     @property
     def num_values(self) -> int:
         """The number of parameters."""
-        return sum(_count(shape) for shape in self._shapes.values())
+        return sum(map(prod, self._shapes.values()))
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._shapes)
@@ -122,27 +124,12 @@ def read_gguf_decoder(
         InputError: no such `dtype`.
         CheckpointError: a quantised type, and the package `gguf` is missing.
     """
-    weights = GgufWeights(GgufFile(path), dtype)
+    weights = GgufWeights(open_gguf(path), dtype)
     with torch.device("meta"):
         decoder = Decoder(weights.config)
     for own in weights:
         place(decoder, own, weights[own])
     return weights.config, decoder
-
-
-def _prevalent_dtype(file: GgufFile) -> torch.dtype:
-    values: Counter[torch.dtype] = Counter()
-    for found in file.tensors.values():
-        if len(found.shape) > 1:
-            values[PLAIN.get(found.kind.name, torch.bfloat16)] += _count(found.shape)
-    return values.most_common(1)[0][0]
-
-
-def _count(shape: Shape) -> int:
-    count = 1
-    for extent in shape:
-        count *= extent
-    return count
 
 
 def _check_scale(config: JambaConfig, file: GgufFile) -> None:

@@ -10,6 +10,7 @@ import logging
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -76,8 +77,25 @@ def read_decoder(
         ConfigError: config.json is not a possible Jamba config.
         InputError: no such `dtype`.
     """
-    folder = Path(folder)
     wanted = None if dtype == "auto" else as_dtype(dtype)
+    with open_checkpoint(folder) as (config, files):
+        decoder, sources = find_parameters(config, files, Path(folder))
+        if wanted is None:
+            wanted = prevalent_dtype(files)
+        for own, source in sources.items():
+            place(decoder, own, read_parameter(decoder, files, own, source, wanted))
+        return config, decoder
+
+
+@contextmanager
+def open_checkpoint(folder: str | Path) -> Iterator[tuple[JambaConfig, WeightFiles]]:
+    """Give the config of a checkpoint folder, and its files of weights, open.
+
+    Raises:
+        CheckpointError: no such folder, or no sound files of weights in it.
+        ConfigError: config.json is not a possible Jamba config.
+    """
+    folder = Path(folder)
     if not folder.is_dir():
         raise CheckpointError(
             f"no checkpoint at {str(folder)!r}: "
@@ -85,18 +103,7 @@ def read_decoder(
         )
     config = JambaConfig.load(folder)
     with WeightFiles.open(folder) as files:
-        return config, _fill(config, files, folder, wanted)
-
-
-def _fill(
-    config: JambaConfig, files: WeightFiles, folder: Path, wanted: torch.dtype | None
-) -> Decoder:
-    decoder, sources = find_parameters(config, files, folder)
-    if wanted is None:
-        wanted = prevalent_dtype(files)
-    for own, source in sources.items():
-        place(decoder, own, read_parameter(decoder, files, own, source, wanted))
-    return decoder
+        yield config, files
 
 
 def find_parameters(

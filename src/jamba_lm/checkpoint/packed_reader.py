@@ -81,7 +81,8 @@ def read_packed_decoder(
             place(decoder, own, value.to(kept))
         for own, packing in packings.items():
             if packing is not None:
-                place_packed(decoder, own, _read_packed(files, own, packing, shapes[own]), wanted)
+                packed = _read_packed(files, own, packing, shapes[own])
+                place_packed(decoder, own, packed, wanted, rows8=scheme.rounds_rows(own))
     return decoder
 
 
@@ -118,7 +119,8 @@ def pack_while_reading(
             # A copy: one tensor that stays in the map would keep all of it.
             place(decoder, own, value.clone())
         else:
-            place_packed(decoder, own, quantize_weight(own, value, packing), weights.dtype)
+            packed = quantize_weight(own, value, packing)
+            place_packed(decoder, own, packed, weights.dtype, rows8=scheme.rounds_rows(own))
         done += value.numel()
         if progress is not None:
             progress(done, total)

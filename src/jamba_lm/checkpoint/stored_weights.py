@@ -11,11 +11,10 @@ from pathlib import Path
 
 from torch import Tensor
 
-from jamba_lm.checkpoint.huggingface import find_parameters, read_parameter
+from jamba_lm.checkpoint.huggingface import find_parameters, open_checkpoint, read_parameter
 from jamba_lm.checkpoint.rename import Source
 from jamba_lm.checkpoint.shards import WeightFiles
 from jamba_lm.config import JambaConfig
-from jamba_lm.errors import CheckpointError
 from jamba_lm.model.decoder import Decoder
 
 
@@ -27,15 +26,8 @@ def open_weights(folder: str | Path) -> Iterator[tuple[JambaConfig, StoredWeight
         CheckpointError: as in `read_decoder`.
         ConfigError: config.json is not a possible Jamba config.
     """
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise CheckpointError(
-            f"no checkpoint at {str(folder)!r}: "
-            "expected a folder with config.json and *.safetensors"
-        )
-    config = JambaConfig.load(folder)
-    with WeightFiles.open(folder) as files:
-        yield config, StoredWeights(files, *find_parameters(config, files, folder))
+    with open_checkpoint(folder) as (config, files):
+        yield config, StoredWeights(files, *find_parameters(config, files, Path(folder)))
 
 
 class StoredWeights(Mapping[str, Tensor]):

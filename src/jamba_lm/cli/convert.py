@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import time
-from contextlib import ExitStack
-from functools import cache
 from pathlib import Path
 from typing import Annotated
 
@@ -66,7 +64,7 @@ def convert(
     Weights, tokenizer and chat template are converted, one tensor at a time. TARGET appears when
     it is complete, or not at all.
     """
-    from jamba_lm.cli.output import Output, Progress
+    from jamba_lm.cli.output import Output
     from jamba_lm.conversion import folder_to_gguf, gguf_to_folder
 
     origin = model_folder(source)
@@ -85,14 +83,10 @@ def convert(
         raise InputError(f"--no-tokenizer is for {SUFFIX} files: delete tokenizer.json instead")
     output = Output(json_wanted)
     started = time.monotonic()
-    with ExitStack() as stack:
-
-        @cache
-        def line(total: int) -> Progress:
-            return stack.enter_context(output.progress(f"writing {target}", total, "bytes"))
+    with output.progress(f"writing {target}", 0, "bytes") as line:
 
         def show(done: int, total: int) -> None:
-            line(total).update(done)
+            line.update(done, total=total)
 
         if to_gguf:
             converted = folder_to_gguf(

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import time
-from contextlib import ExitStack
-from functools import cache
 from pathlib import Path
 from typing import Annotated
 
@@ -49,7 +47,7 @@ def init(
     """
     from jamba_lm.analysis.memory import parameter_counts
     from jamba_lm.checkpoint.random_init import write_random_checkpoint
-    from jamba_lm.cli.output import Output, Progress
+    from jamba_lm.cli.output import Output
     from jamba_lm.config import JambaConfig
     from jamba_lm.presets import preset as find_preset
 
@@ -58,12 +56,7 @@ def init(
     config = config.with_set(changes or [])
     output = Output(json_wanted)
     started = time.monotonic()
-    with ExitStack() as stack:
-
-        @cache
-        def line(total: int) -> Progress:
-            return stack.enter_context(output.progress(f"writing {out}", total, "bytes"))
-
+    with output.progress(f"writing {out}", 0, "bytes") as line:
         num_bytes = write_random_checkpoint(
             out,
             config,
@@ -71,7 +64,7 @@ def init(
             seed=seed,
             shard_bytes=shard_bytes,
             overwrite=overwrite,
-            progress=lambda done, total: line(total).update(done),
+            progress=lambda done, total: line.update(done, total=total),
         )
     seconds = time.monotonic() - started
     parameters = parameter_counts(config).total

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -21,7 +21,13 @@ from jamba_lm.analysis.memory import (
 from jamba_lm.cli.options import JsonOption
 from jamba_lm.cli.output import Output
 from jamba_lm.cli.quantities import parse_bytes, parse_tokens, show_bytes
-from jamba_lm.cli.shapes import SetOption, ShapeArgument, open_shape, stored_format
+from jamba_lm.cli.shapes import (
+    SetOption,
+    ShapeArgument,
+    gguf_contents,
+    open_shape,
+    stored_format,
+)
 from jamba_lm.cli.speed import (
     describe_prediction,
     describe_speeds,
@@ -29,6 +35,9 @@ from jamba_lm.cli.speed import (
     prediction_values,
 )
 from jamba_lm.errors import InputError
+
+if TYPE_CHECKING:
+    from jamba_lm.checkpoint.gguf_storage import GgufContents
 
 WHOLE_PROMPT = "all"
 MAX_BATCH = 2**30
@@ -77,7 +86,7 @@ def plan(
         str | None,
         typer.Option(
             help=f"How weights are kept: {', '.join(WEIGHT_FORMATS)}. As a quantised folder has "
-            "them, or bf16, when left out.",
+            "them or a GGUF file is loaded, else bf16, when left out.",
             show_default=False,
         ),
     ] = None,
@@ -116,7 +125,10 @@ def plan(
     added only with --chunk.
     """
     config, _ = open_shape(model, sets)
-    weights = (stored_format(model) or "bf16") if weights is None else weights
+    contents = gguf_contents(model)
+    if weights is None:
+        loaded_as = None if contents is None else contents.loaded_as
+        weights = loaded_as or stored_format(model) or "bf16"
     question = Question(
         context=config.context_length if context is None else parse_tokens(context, "--context"),
         batch=_batch(batch),
@@ -130,6 +142,8 @@ def plan(
     room = find_room(rates, question)
     output = Output(json)
     output.line(f"{model}, {question.batch} x {question.context:,} tokens, {weights}")
+    if contents is not None:
+        output.line(f"  {describe_file(contents, weights)}")
     for line in describe(question, answer, room):
         output.line(line)
     if question.context > config.context_length:
@@ -138,6 +152,7 @@ def plan(
             "context, but its quality is unknown"
         )
     values = as_values(model, question, answer, room)
+    values["file"] = None if contents is None else [asdict(one) for one in contents.types]
     if this_machine:
         prediction = predict_speed(config, weights, question.batch)
         output.line()
@@ -172,6 +187,13 @@ def find_room(rates: MemoryRates, question: Question) -> Room:
         context=largest_fit(for_context, question.memory),
         batch=largest_fit(for_batch, question.memory),
     )
+
+
+def describe_file(contents: GgufContents, weights: str) -> str:
+    """Say how a GGUF file, which may be smaller than its model, becomes that."""
+    parts = ", ".join(f"{one.values:,} values in {one.name}" for one in contents.types)
+    size = show_bytes(sum(one.num_bytes for one in contents.types))
+    return f"the file has {size} of weights ({parts}); loading makes {weights} of them"
 
 
 def describe(question: Question, answer: MemoryPlan, room: Room) -> Iterator[str]:

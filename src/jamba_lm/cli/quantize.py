@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import time
-from contextlib import ExitStack
 from dataclasses import asdict
-from functools import cache
 from pathlib import Path
 from typing import Annotated
 
@@ -51,7 +49,7 @@ def quantize(
     """
     from jamba_lm.analysis.packing import packed_parts
     from jamba_lm.checkpoint.packed_writer import quantize_folder
-    from jamba_lm.cli.output import Output, Progress
+    from jamba_lm.cli.output import Output
     from jamba_lm.config import JambaConfig, read_config_json
     from jamba_lm.quantization.policy import find_scheme
 
@@ -65,19 +63,14 @@ def quantize(
     use_threads(threads)
     output = Output(json_wanted)
     started = time.monotonic()
-    with ExitStack() as stack:
-
-        @cache
-        def line(total: int) -> Progress:
-            return stack.enter_context(output.progress(f"writing {out}", total, "bytes"))
-
+    with output.progress(f"writing {out}", 0, "bytes") as line:
         num_bytes = quantize_folder(
             source,
             out,
             chosen,
             dtype=dtype,
             overwrite=overwrite,
-            progress=lambda done, total: line(total).update(done),
+            progress=lambda done, total: line.update(done, total=total),
         )
     seconds = time.monotonic() - started
     config = JambaConfig.load(out)

@@ -5,7 +5,7 @@ Reads no weights.
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -17,6 +17,9 @@ from jamba_lm.files import path_kind
 from jamba_lm.gguf_file import is_gguf
 from jamba_lm.presets import PRESETS
 from jamba_lm.quantization.policy import read_scheme
+
+if TYPE_CHECKING:
+    from jamba_lm.checkpoint.gguf_storage import GgufContents
 
 ShapeArgument = Annotated[
     str,
@@ -64,6 +67,19 @@ def open_shape(name: str, assignments: list[str] | None) -> tuple[JambaConfig, d
             f"{', '.join(known)}{closest(name, known)}"
         )
     return config.with_set(assignments or []), without_effect
+
+
+def gguf_contents(name: str) -> GgufContents | None:
+    """Return what a GGUF file holds; None for any other model.
+
+    Raises:
+        CheckpointError: a GGUF file that is damaged.
+    """
+    if name in {**COMPARATORS, **PRESETS} or not is_gguf(name):
+        return None
+    from jamba_lm.checkpoint.gguf_storage import read_contents
+
+    return read_contents(name)
 
 
 def stored_format(name: str) -> str | None:

@@ -18,7 +18,7 @@ from jamba_lm.errors import BackendUnavailable
 LIBRARY_PATH = Path(__file__).with_name("libjamba_kernels.so")
 
 # JAMBA_ABI_VERSION of native/jamba_kernels.h: raised with every change of a struct or a function.
-ABI_VERSION = 3
+ABI_VERSION = 4
 
 _FUNCTIONS = (
     "jamba_selective_scan",
@@ -32,6 +32,7 @@ _FUNCTIONS = (
     "jamba_product",
     "jamba_unpack",
     "jamba_step",
+    "jamba_prefill",
 )
 
 # What the functions return, other than 0: the JAMBA_* statuses of native/jamba_kernels.h.
@@ -51,8 +52,8 @@ class Library:
     paths: tuple[str, ...]
     paths_here: tuple[str, ...]
 
-    def call(self, function: str, arguments: bytes) -> None:
-        """Call `function` with its packed struct.
+    def call(self, function: str, arguments: bytes | ctypes.c_char_p) -> None:
+        """Call `function` with its packed struct, or with where that lies.
 
         Raises:
             BackendUnavailable: the library refused; it has written nothing.

@@ -29,6 +29,7 @@ class MatrixStruct(ctypes.Structure):
         ("scale", ctypes.c_void_p),
         ("minimum", ctypes.c_void_p),
         ("bias", ctypes.c_void_p),
+        ("rows8", ctypes.c_int64),
     )
 
 
@@ -45,7 +46,11 @@ def why_not_matrix(weight: Tensor | PackedWeight) -> str | None:
 
 
 def describe_matrix(
-    weight: Tensor | PackedWeight, bias_O: Tensor | None, keep: list[Tensor]
+    weight: Tensor | PackedWeight,
+    bias_O: Tensor | None,
+    keep: list[Tensor],
+    *,
+    rows8: bool = False,
 ) -> MatrixStruct:
     """Return the struct of a matrix that `why_not_matrix` has nothing against.
 
@@ -53,6 +58,8 @@ def describe_matrix(
         weight: `[O, I]`.
         bias_O: added to the product, or None.
         keep: receives every tensor that the struct points into; it must live as long.
+        rows8: bfloat16 rows that meet a matrix of 8 bits may be rounded to 8 bits as well, when
+            they are many and the processor multiplies such numbers.
     """
     outputs, inputs = weight.shape
     bias = None if bias_O is None else bias_O.detach().to(torch.float32).contiguous()
@@ -71,5 +78,5 @@ def describe_matrix(
     parts = (values, scale, minimum, bias)
     keep += [part for part in parts if part is not None]
     return MatrixStruct(
-        kind, outputs, inputs, group, *(None if x is None else x.data_ptr() for x in parts)
+        kind, outputs, inputs, group, *(None if x is None else x.data_ptr() for x in parts), rows8
     )

@@ -1,4 +1,4 @@
-"""Products with packed matrices: native for few rows, unpacked and by torch for many.
+"""Products with matrices of any kind, float or packed, for few rows and for many.
 
 M rows, I inputs, O outputs.
 """
@@ -51,10 +51,10 @@ def packed_linear(
     """Run `reference.packed_linear` natively; `path` forces an instruction set, for tests.
 
     For few rows inputs are rounded to 16-bit integers, relative to the largest of their row, and
-    multiplied exactly. Many rows, and any that need a gradient, meet the matrix unpacked to their
-    own dtype.
+    multiplied exactly. Many rows meet what the matrix stands for in their own dtype; so do any that
+    need a gradient, by torch.
     """
-    if x_MI.shape[0] > FEW_ROWS or gradient_is_needed(x_MI, bias_O):
+    if gradient_is_needed(x_MI, bias_O):
         bias = None if bias_O is None else bias_O.to(x_MI.dtype)
         return F.linear(x_MI, unpack(weight, x_MI.dtype, path=path), bias)
     return float_linear(x_MI, weight, bias_O, path=path)
@@ -65,9 +65,10 @@ def float_linear(
     weight: Tensor | PackedWeight,
     bias_O: Tensor | None = None,
     *,
+    rows8: bool = False,
     path: str | None = None,
 ) -> Tensor:
-    """Multiply at most `FEW_ROWS` rows by a matrix of any kind."""
+    """Multiply rows by a matrix of any kind; `rows8` as in `describe_matrix`."""
     code = loaded_library().path_code(path)
     x_MI = with_unit_columns(x_MI)
     y_MO = x_MI.new_empty((x_MI.shape[0], weight.shape[0]))
@@ -82,7 +83,7 @@ def float_linear(
         x_MI.data_ptr(),
         x_MI.stride(0),
         y_MO.data_ptr(),
-        describe_matrix(weight, bias_O, keep),
+        describe_matrix(weight, bias_O, keep, rows8=rows8),
     )
     loaded_library().call("jamba_product", bytes(call))
     return y_MO

@@ -9,7 +9,8 @@ taps, R rank of dt; matrices are `[outputs, inputs]`, float or packed.
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
+from array import array
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
 
 import torch
@@ -26,10 +27,14 @@ __all__ = [
     "Linear",
     "MambaMemory",
     "MambaVectors",
+    "StepCall",
     "StepLayer",
     "StepModel",
     "StepSizes",
+    "address_of",
+    "memory_words",
     "run_step",
+    "words",
 ]
 
 _Number, _Pointer = ctypes.c_int64, ctypes.c_void_p
@@ -72,29 +77,32 @@ class _ModelStruct(ctypes.Structure):
     )
 
 
-class _StepStruct(ctypes.Structure):
-    # jamba_step_call of native/jamba_kernels.h.
-    _fields_ = (
-        ("path", _Number),
-        ("threads", _Number),
-        ("model", _Pointer),
-        ("B", _Number),
-        ("M", _Number),
-        ("offsets", _Pointer),
-        ("ids_M", _Pointer),
-        ("memories", _Pointer),
-        ("num_logits", _Number),
-        ("logit_rows", _Pointer),
-        ("logits", _Pointer),
-    )
+# Where the members of jamba_step_call of native/jamba_kernels.h lie, in words of eight bytes;
+# behind them a StepCall keeps what they point to.
+_PATH, _THREADS, _MODEL, _B, _M, _OFFSETS, _IDS, _MEMORIES, _NUM_LOGITS, _ROWS, _LOGITS = range(11)
+_FIRST_OFFSET = 11
+_FIRST_ID = _FIRST_OFFSET + STEP_ROWS + 1
+_FIRST_ROW = _FIRST_ID + STEP_ROWS
+_WORDS = _FIRST_ROW + STEP_ROWS
+_WORD_BYTES = 8
+
+# Members of jamba_memory: before and after the step of Mamba, then the blocks of attention.
+MEMORY_WORDS = 6
 
 
 @dataclass(frozen=True, slots=True)
 class Linear:
-    """A matrix and what is added to its product."""
+    """A matrix and what is added to its product.
+
+    Attributes:
+        weight: `[O, I]`.
+        bias_O: or None.
+        rows8: see `native_matrix.describe_matrix`.
+    """
 
     weight: Tensor | PackedWeight
     bias_O: Tensor | None = None
+    rows8: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -245,7 +253,7 @@ class StepModel:
         return wide.data_ptr()
 
     def _matrix(self, linear: Linear) -> MatrixStruct:
-        return describe_matrix(linear.weight, linear.bias_O, self._keep)
+        return describe_matrix(linear.weight, linear.bias_O, self._keep, rows8=linear.rows8)
 
 
 @dataclass(frozen=True, slots=True)
@@ -260,13 +268,15 @@ class MambaMemory:
 
 @dataclass(frozen=True, slots=True)
 class KeyMemory:
-    """The keys and values of one sequence in one layer, `[S_j, G, P]` each.
+    """The keys and values of one sequence in one layer, a block after the other.
 
-    The last rows of the last blocks are those of the step, which writes them.
+    Attributes:
+        blocks: for each block the addresses of its keys and of its values, `[S_j, G, P]` each, and
+            how many tokens it holds. The last rows of the last block are those of the step, which
+            writes them.
     """
 
-    keys: Sequence[Tensor]
-    values: Sequence[Tensor]
+    blocks: Sequence[int]
 
 
 def run_step(
@@ -291,31 +301,90 @@ def run_step(
     Raises:
         BackendUnavailable: the library refused.
     """
-    library = loaded_library()
     logits = torch.empty(len(logit_rows), model.vocab_size)
-    ids, bounds, rows = _numbers(ids_M), _numbers(offsets), _numbers(logit_rows)
-    blocks: list[ctypes.Array[ctypes.c_int64]] = []
-    remembered = _numbers([number for one in memories for number in _memory(one, blocks)])
-    call = _StepStruct(
-        library.path_code(path),
-        torch.get_num_threads(),
-        model.address,
-        len(offsets) - 1,
-        len(ids_M),
-        ctypes.addressof(bounds),
-        ctypes.addressof(ids),
-        ctypes.addressof(remembered),
-        len(logit_rows),
-        ctypes.addressof(rows),
-        logits.data_ptr(),
-    )
-    library.call("jamba_step", bytes(call))
+    blocks: list[array[int]] = []
+    remembered = words(number for one in memories for number in memory_words(one, blocks))
+    call = StepCall(model, path=path)
+    call.arrange(offsets, logit_rows, logits.data_ptr())
+    call.run(ids_M, address_of(remembered))
     return logits
 
 
-def _memory(
-    memory: MambaMemory | KeyMemory, blocks: list[ctypes.Array[ctypes.c_int64]]
-) -> tuple[int, ...]:
+class StepCall:
+    """The arguments of a step, in memory that one caller uses again for every call.
+
+    Not for two threads at once.
+    """
+
+    def __init__(self, model: StepModel, *, path: str | None = None) -> None:
+        """Prepare calls for `model`, of the number of threads that torch has now.
+
+        Args:
+            model: what to run.
+            path: forces an instruction set, for tests.
+
+        Raises:
+            BackendUnavailable: the library is missing, or the processor cannot run `path`.
+        """
+        self._library = loaded_library()
+        self._model = model
+        self._words = words(bytes(_WORDS * _WORD_BYTES))
+        start = address_of(self._words)
+        self._words[_PATH] = self._library.path_code(path)
+        self._words[_THREADS] = torch.get_num_threads()
+        self._words[_MODEL] = model.address
+        self._words[_OFFSETS] = start + _FIRST_OFFSET * _WORD_BYTES
+        self._words[_IDS] = start + _FIRST_ID * _WORD_BYTES
+        self._words[_ROWS] = start + _FIRST_ROW * _WORD_BYTES
+        self._struct = ctypes.c_char_p(start)
+
+    def arrange(self, offsets: Sequence[int], logit_rows: Sequence[int], logits: int) -> None:
+        """Say how the rows of the next calls are divided up.
+
+        Args:
+            offsets: B+1 numbers: where each sequence starts, and M.
+            logit_rows: rows whose logits are wanted, at least one.
+            logits: address of float32 `[len(logit_rows), V]`, which calls write.
+        """
+        here = self._words
+        here[_B], here[_M], here[_NUM_LOGITS] = len(offsets) - 1, offsets[-1], len(logit_rows)
+        here[_LOGITS] = logits
+        # The library refuses what there is no room for, by the counts.
+        for place, offset in zip(range(_FIRST_OFFSET, _FIRST_ID), offsets, strict=False):
+            here[place] = offset
+        for place, row in zip(range(_FIRST_ROW, _WORDS), logit_rows, strict=False):
+            here[place] = row
+
+    def run(self, ids_M: Sequence[int], memories: int) -> None:
+        """Run every layer.
+
+        Args:
+            ids_M: token ids of all sequences end to end, as many as was arranged, all in range.
+            memories: address of `MEMORY_WORDS` words for each layer and, within it, each sequence.
+
+        Raises:
+            BackendUnavailable: the library refused; nothing was written.
+        """
+        here = self._words
+        place = _FIRST_ID
+        for token in ids_M[:STEP_ROWS]:
+            here[place] = token
+            place += 1
+        here[_MEMORIES] = memories
+        self._library.call("jamba_step", self._struct)
+
+
+def words(values: bytes | Iterable[int]) -> array[int]:
+    """Return numbers as the native code reads them, eight bytes each."""
+    return array("q", values)
+
+
+def address_of(numbers: array[int]) -> int:
+    """Return where the numbers lie, for as long as none is added."""
+    return numbers.buffer_info()[0]
+
+
+def memory_words(memory: MambaMemory | KeyMemory, blocks: list[array[int]]) -> tuple[int, ...]:
     """Return the members of a `jamba_memory`; an array that it points to goes to `blocks`."""
     if isinstance(memory, MambaMemory):
         return (
@@ -326,13 +395,5 @@ def _memory(
             0,
             0,
         )
-    pairs = zip(memory.keys, memory.values, strict=True)
-    array = _numbers(
-        [number for k, v in pairs for number in (k.data_ptr(), v.data_ptr(), k.shape[0])]
-    )
-    blocks.append(array)
-    return (0, 0, 0, 0, len(memory.keys), ctypes.addressof(array))
-
-
-def _numbers(values: Sequence[int]) -> ctypes.Array[ctypes.c_int64]:
-    return (ctypes.c_int64 * len(values))(*values)
+    blocks.append(words(memory.blocks))
+    return (0, 0, 0, 0, len(memory.blocks) // 3, address_of(blocks[-1]))

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from typing import Literal
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -35,7 +36,10 @@ class Decoder(nn.Module):
     def __init__(self, config: JambaConfig) -> None:
         super().__init__()
         self.config = config
-        self.embedding = nn.Embedding(config.vocab_size, config.d_model)
+        # nn.Embedding would draw random values, and to do so on the meta device torch imports its
+        # compiler, which takes longer than to load a model.
+        values_VD = torch.empty(config.vocab_size, config.d_model)
+        self.embedding = nn.Embedding.from_pretrained(values_VD, freeze=False)
         self.blocks = nn.ModuleList(Block(config, spec) for spec in plan_layers(config))
         self.final_norm = RMSNorm(config.d_model, config.norm_eps)
         self.head = None

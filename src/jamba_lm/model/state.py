@@ -29,12 +29,13 @@ LARGEST_BLOCK = 4096
 class _Block:
     """Keys and values of consecutive tokens, written once from front to back, shared by forks."""
 
-    __slots__ = ("keys_SGP", "num_written", "values_SGP")
+    __slots__ = ("addresses", "keys_SGP", "num_written", "values_SGP")
 
     def __init__(self, keys_SGP: Tensor, values_SGP: Tensor, num_written: int) -> None:
         self.keys_SGP = keys_SGP
         self.values_SGP = values_SGP
         self.num_written = num_written
+        self.addresses = (keys_SGP.data_ptr(), values_SGP.data_ptr())
 
     @property
     def num_bytes(self) -> int:
@@ -94,6 +95,15 @@ class KeyValueState:
         self._num_in_last += num_tokens
         self.num_tokens += num_tokens
 
+    def follow(self, before: KeyValueState, num_tokens: int) -> int:
+        """Become what a fork of `before` is after `reserve`: nobody may have this object.
+
+        Returns the tokens in the last block if the blocks are those of `before`, else 0.
+        """
+        self._take(before)
+        self.reserve(num_tokens)
+        return self._num_in_last if self._last is before._last else 0
+
     def _writable_block(self, num_coming: int) -> _Block:
         block = self._last
         if block is not None and block.num_written == self._num_in_last < len(block.keys_SGP):
@@ -123,6 +133,10 @@ class KeyValueState:
         """List the values of all tokens in the blocks of `key_blocks`."""
         return [block.values_SGP[:count] for block, count in self._parts()]
 
+    def block_addresses(self) -> list[int]:
+        """List where keys lie, where values lie, and how many, block after block."""
+        return [n for block, count in self._parts() for n in (*block.addresses, count)]
+
     @property
     def num_bytes(self) -> int:
         """Bytes of the blocks held, room not yet written and blocks shared with forks included."""
@@ -148,10 +162,8 @@ class KeyValueState:
     def tensors(self) -> dict[str, Tensor]:
         """Return what to save: all keys and all values, [S, G, P]."""
         none = torch.empty(0, *self._shape, dtype=self._dtype)
-        return {
-            "keys": torch.cat([none, *self.key_blocks()]),
-            "values": torch.cat([none, *self.value_blocks()]),
-        }
+        blocks = {"keys": self.key_blocks(), "values": self.value_blocks()}
+        return {name: torch.cat([none, *one]) for name, one in blocks.items()}
 
 
 class MambaState:
@@ -178,9 +190,6 @@ class MambaState:
     def fork(self) -> MambaState:
         """Return a state that remembers the same and goes its own way."""
         return MambaState(_alone(self.conv_LC), _alone(self.scan_CN))
-
-    def _take(self, other: MambaState) -> None:
-        self.conv_LC, self.scan_CN = other.conv_LC, other.scan_CN
 
     def tensors(self) -> dict[str, Tensor]:
         """Return what to save."""
@@ -220,6 +229,9 @@ class SequenceState:
 
     Made by `LanguageModel.new_state`, moved forward by `Decoder.forward`. Not safe to move from two
     threads at once, forks included: they share blocks.
+
+    Attributes:
+        layers: its memory of each layer, which may be written again: take a `fork` to keep it.
     """
 
     def __init__(
@@ -238,6 +250,10 @@ class SequenceState:
             )
             for spec in plan_layers(config)
         ]
+
+    def fits(self, config: JambaConfig, dtype: torch.dtype) -> bool:
+        """Say whether it was made for a model of these sizes and this type."""
+        return self._dtype == dtype and (self._config is config or self._config == config)
 
     @property
     def num_tokens(self) -> int:
@@ -313,9 +329,9 @@ class SequenceState:
         """Take over the memory of `after`, which has read `ids` more than this state."""
         self.advance(after.layers, ids)
 
-    def advance(self, layers: Sequence[LayerState], ids: Sequence[int]) -> None:
+    def advance(self, layers: list[LayerState], ids: Sequence[int]) -> None:
         """Go on with `layers`, which have read `ids` more than this state's own."""
-        self.layers = list(layers)
+        self.layers = layers
         self._log = self._log.followed_by(ids)
 
     def save(self, path: str | Path) -> None:

@@ -26,12 +26,17 @@ class PackedLinear(nn.Module):
         bias: a parameter, or None.
         backend: kernel back-end by name, or None for the fastest that can. A module of the model
             is not told the caller's wish with every call, as `nn.Linear` has none.
+        rows8: many rows in bfloat16 may be rounded to 8 bits, where whole prompts are read by
+            native calls; this module itself never does.
     """
 
-    def __init__(self, weight: PackedWeight, bias: nn.Parameter | None = None) -> None:
+    def __init__(
+        self, weight: PackedWeight, bias: nn.Parameter | None = None, *, rows8: bool = False
+    ) -> None:
         super().__init__()
         self.weight = weight
         self.bias = bias
+        self.rows8 = rows8
         self.backend: str | None = None
 
     def forward(self, x: Tensor) -> Tensor:

@@ -48,7 +48,8 @@ def quantize_decoder(decoder: Decoder, scheme: Scheme, progress: Progress | None
     done, total = 0, sum(sizes.values())
     for name, packing in packings.items():
         matrix = decoder.get_parameter(name)
-        place_packed(decoder, name, quantize_weight(name, matrix.detach(), packing), matrix.dtype)
+        packed = quantize_weight(name, matrix.detach(), packing)
+        place_packed(decoder, name, packed, matrix.dtype, rows8=scheme.rounds_rows(name))
         del matrix
         done += sizes[name]
         if progress is not None:
@@ -114,7 +115,9 @@ def quantize_weight(name: str, weight: Tensor, packing: Packing) -> PackedWeight
     return quantize_int4(weight, packing.group)
 
 
-def place_packed(decoder: Decoder, name: str, weight: PackedWeight, dtype: torch.dtype) -> None:
+def place_packed(
+    decoder: Decoder, name: str, weight: PackedWeight, dtype: torch.dtype, *, rows8: bool = False
+) -> None:
     """Put a packed matrix in the place of the parameter `name`; a tied head shares it.
 
     Args:
@@ -122,6 +125,7 @@ def place_packed(decoder: Decoder, name: str, weight: PackedWeight, dtype: torch
         name: the parameter's.
         weight: of its shape.
         dtype: that an embedding returns rows in.
+        rows8: see `PackedLinear`.
     """
     path = name.removesuffix(".weight")
     module = decoder.get_submodule(path)
@@ -131,7 +135,7 @@ def place_packed(decoder: Decoder, name: str, weight: PackedWeight, dtype: torch
             decoder.head = PackedLinear(weight)  # type: ignore[assignment]
     else:
         assert isinstance(module, nn.Linear), path
-        _replace(decoder, path, PackedLinear(weight, module.bias))
+        _replace(decoder, path, PackedLinear(weight, module.bias, rows8=rows8))
 
 
 def use_backend(decoder: Decoder, backend: str | None) -> None:
@@ -192,7 +196,7 @@ def _plain(module: PackedLinear | PackedEmbedding, dtype: torch.dtype) -> nn.Mod
     plain: nn.Module
     with torch.device("meta"):
         if isinstance(module, PackedEmbedding):
-            plain = nn.Embedding(outputs, inputs)
+            plain = nn.Embedding.from_pretrained(torch.empty(outputs, inputs), freeze=False)
         else:
             plain = nn.Linear(inputs, outputs, bias=False)
             plain.register_parameter("bias", module.bias)

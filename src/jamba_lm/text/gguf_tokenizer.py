@@ -18,6 +18,7 @@ from typing import Any
 from jamba_lm.errors import TokenizerError
 from jamba_lm.files import parse_json
 from jamba_lm.gguf_file import GgufFile
+from jamba_lm.gguf_parts import open_gguf
 from jamba_lm.text.decoding import BYTE_TOKEN
 from jamba_lm.text.gguf_vocabulary import (
     CONTROL,
@@ -346,4 +347,4 @@ def open_documents(path: str | Path) -> TokenizerDocuments:
         CheckpointError: not a sound GGUF file.
         TokenizerError: as for `read_documents`.
     """
-    return read_documents(GgufFile(path))
+    return read_documents(open_gguf(path))

@@ -1,0 +1,71 @@
+"""All layers for many tokens in one native call, where multiplying is the work.
+
+M rows, B sequences, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from jamba_lm.kernels.library import loaded_library
+from jamba_lm.kernels.native_step import (
+    KeyMemory,
+    MambaMemory,
+    StepModel,
+    address_of,
+    memory_words,
+    words,
+)
+
+
+def run_prefill(
+    model: StepModel,
+    ids_M: Sequence[int],
+    offsets: Sequence[int],
+    memories: Sequence[MambaMemory | KeyMemory],
+    logit_rows: Sequence[int],
+    *,
+    path: str | None = None,
+) -> Tensor:
+    """Run every layer and return the logits after `logit_rows`, float32 `[len(logit_rows), V]`.
+
+    Working memory grows with M: some 60 KB for each token of a model of 3 billion parameters.
+
+    Args:
+        model: what to run.
+        ids_M: token ids of all sequences end to end, all in range.
+        offsets: B+1 numbers: where each sequence starts, and M.
+        memories: layer by layer, and within a layer sequence by sequence.
+        logit_rows: rows whose logits are wanted, at most M; may be none.
+        path: forces an instruction set, for tests.
+
+    Raises:
+        BackendUnavailable: the library refused.
+    """
+    library = loaded_library()
+    logits = torch.empty(len(logit_rows), model.vocab_size)
+    blocks: list[array[int]] = []
+    remembered = words(number for one in memories for number in memory_words(one, blocks))
+    bounds, ids, rows = words(offsets), words(ids_M), words(logit_rows)
+    # jamba_step_call of native/jamba_kernels.h.
+    call = words(
+        (
+            library.path_code(path),
+            torch.get_num_threads(),
+            model.address,
+            len(offsets) - 1,
+            len(ids_M),
+            address_of(bounds),
+            address_of(ids),
+            address_of(remembered),
+            len(logit_rows),
+            address_of(rows),
+            logits.data_ptr(),
+        )
+    )
+    library.call("jamba_prefill", call.tobytes())
+    return logits

@@ -1,0 +1,151 @@
+"""Products of many rows, in tiles: every kind of matrix, every instruction set, any size."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from jamba_lm.kernels.library import loaded_library
+from jamba_lm.kernels.native_products import FEW_ROWS, float_linear
+from jamba_lm.kernels.packed_weights import Int8Weight, PackedWeight
+from jamba_lm.quantization.grid import quantize_int4
+from tests.tolerances import MANY_ROWS, assert_within
+
+PATHS = loaded_library().paths_here
+KINDS = {
+    "fp32": lambda weight: weight,
+    "bf16": lambda weight: weight.to(torch.bfloat16),
+    "int8": Int8Weight.quantize,
+    "int4 by 32": lambda weight: quantize_int4(weight, 32),
+    "int4 by 64": lambda weight: quantize_int4(weight, 64),
+}
+# Rows, outputs, inputs: less than a tile, a bit more than one, more than a part of each.
+SHAPES = [(17, 1, 64), (18, 33, 192), (64, 16, 64), (50, 300, 640), (530, 40, 1088)]
+
+
+def matrix_of(weight: Tensor | PackedWeight) -> Tensor:
+    return (weight if isinstance(weight, Tensor) else weight.dequantize()).double()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("path", PATHS)
+def test_many_rows_meet_the_matrix(path, kind, shape, dtype):
+    rows, outputs, inputs = shape
+    weight = KINDS[kind](torch.randn(outputs, inputs))
+    x, bias = torch.randn(rows, inputs).to(dtype), torch.randn(outputs)
+    for added in (None, bias):
+        y = float_linear(x, weight, added, path=path)
+        assert y.dtype == dtype
+        expected = x.double() @ matrix_of(weight).t()
+        expected = expected if added is None else expected + added
+        # Four bits become bfloat16 numbers where such are multiplied.
+        rounded = dtype is torch.bfloat16 and (kind.startswith("int4") or kind == "fp32")
+        assert_within(y, expected, MANY_ROWS["rounded" if rounded else str(dtype)])
+
+
+@settings(max_examples=60)
+@given(
+    rows=st.integers(FEW_ROWS + 1, 80),
+    outputs=st.integers(1, 80),
+    inputs=st.integers(1, 200),
+    kind=st.sampled_from(["fp32", "bf16", "int8"]),
+    half=st.booleans(),
+    path=st.sampled_from(PATHS),
+    seed=st.integers(0, 2**32 - 1),
+)
+def test_any_size_is_multiplied(rows, outputs, inputs, kind, half, path, seed):
+    draw = torch.Generator().manual_seed(seed)
+    weight = KINDS[kind](torch.randn(outputs, inputs, generator=draw))
+    x = torch.randn(rows, inputs, generator=draw).to(torch.bfloat16 if half else torch.float32)
+    expected = x.double() @ matrix_of(weight).t()
+    # What lies around the rows and the matrix belongs to others.
+    holder = torch.full((rows, inputs + 7), torch.nan, dtype=x.dtype)
+    holder[:, :inputs] = x
+    found = float_linear(holder[:, :inputs], weight, path=path)
+    assert_within(found, expected, MANY_ROWS[str(x.dtype)])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("path", PATHS)
+def test_a_row_has_the_same_product_in_any_company(path, kind):
+    weight = KINDS[kind](torch.randn(70, 320))
+    x = torch.randn(600, 320).to(torch.bfloat16)
+    together = float_linear(x, weight, path=path)
+    for rows in (slice(0, 17), slice(5, 90), slice(511, 600)):
+        assert torch.equal(float_linear(x[rows], weight, path=path), together[rows])
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_the_number_of_threads_changes_no_bit(path):
+    weight, x = torch.randn(900, 512), torch.randn(100, 512)
+    before, found = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 5):
+            torch.set_num_threads(threads)
+            found.append(float_linear(x, weight, path=path))
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(found[0], found[1])
+    assert torch.equal(found[0], found[2])
+
+
+def rounded_rows(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Round rows to 8 bits as the kernels do: halves away from zero, the largest becomes 127."""
+    wide = x.float()
+    largest = wide.abs().amax(-1, keepdim=True)
+    # Not 127.0 / largest, which torch takes as 127 times the rounded reciprocal.
+    scaled = wide * torch.where(largest > 0, torch.full_like(largest, 127.0) / largest, 0.0)
+    return torch.trunc(scaled + torch.where(scaled < 0, -0.5, 0.5)), largest / 127.0
+
+
+@pytest.mark.parametrize("shape", [(17, 5, 64), (40, 33, 100), (530, 300, 1100)], ids=str)
+@pytest.mark.parametrize("path", [path for path in PATHS if path in ("amx", "avx512_vnni")])
+def test_rows_in_eight_bits_are_multiplied_exactly(path, shape):
+    rows, outputs, inputs = shape
+    weight = Int8Weight.quantize(torch.randn(outputs, inputs))
+    x = (torch.randn(rows, inputs) * torch.logspace(-3, 3, rows)[:, None]).to(torch.bfloat16)
+    x[3] = 0
+    bias = torch.randn(outputs)
+    values, unit = rounded_rows(x)
+    exact = values.double() @ weight.values_OI.double().t()
+    expected = exact * unit * weight.scale_O + bias
+    found = float_linear(x, weight, bias, rows8=True, path=path)
+    assert torch.equal(found, float_linear(x, weight, bias, rows8=True, path=PATHS[0]))
+    error = (found.double() - expected).abs()
+    assert (error <= MANY_ROWS["torch.bfloat16"] * expected.abs() + 1e-6).all()
+
+
+def test_rows_in_eight_bits_are_only_taken_where_that_was_allowed():
+    weight, x = Int8Weight.quantize(torch.randn(64, 256)), torch.randn(40, 256)
+    for given_x in (x, x.to(torch.bfloat16)):
+        plain = float_linear(given_x, weight)
+        assert_within(
+            plain, given_x.double() @ matrix_of(weight).t(), MANY_ROWS[str(given_x.dtype)]
+        )
+    # Rows of float32 are asked to stay what they are.
+    assert torch.equal(float_linear(x, weight, rows8=True), float_linear(x, weight))
+
+
+@pytest.mark.parametrize("path", [path for path in PATHS if path in ("amx", "avx512_vnni")])
+def test_a_row_in_eight_bits_that_is_not_finite_is_not_hidden(path):
+    weight = Int8Weight.quantize(torch.randn(20, 128))
+    x = torch.randn(20, 128).to(torch.bfloat16)
+    x[2, 5], x[7, 100] = float("inf"), float("nan")
+    found = float_linear(x, weight, rows8=True, path=path)
+    assert found[[2, 7]].isnan().all()
+    found[[2, 7]] = 0
+    assert found.isfinite().all()
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_the_largest_sums_of_integers_do_not_overflow(path):
+    inputs = 1 << 16
+    weight = Int8Weight.quantize(torch.ones(3, inputs))
+    x = torch.ones(20, inputs, dtype=torch.bfloat16)
+    found = float_linear(x, weight, rows8=True, path=path)
+    assert_within(found, torch.full((20, 3), float(inputs)), MANY_ROWS["torch.bfloat16"])
