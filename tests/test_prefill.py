@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from itertools import pairwise
 
 import pytest
@@ -98,8 +99,16 @@ def test_a_prefill_of_a_quantised_model_says_what_its_modules_say(scheme: str, p
     assert_within(found, by_modules(reference, sequences, theirs), PREFILL["fp32"])
 
 
-def quantised_errors(scheme: str, path: str, *, rows8: bool) -> tuple[float, float]:
-    """Return mean errors of a prefill and of the modules, in bfloat16, against float32."""
+def quantised_errors(
+    scheme: str, path: str, rounds: Callable[[PackedLinear], bool]
+) -> tuple[float, float]:
+    """Return mean errors of a prefill and of the modules, in bfloat16, against float32.
+
+    Args:
+        scheme: of the weights.
+        path: of the prefill.
+        rounds: says of which matrices the rows are rounded to 8 bits.
+    """
     errors: dict[str, list[Tensor]] = {"prefill": [], "modules": []}
     for seed in range(4):
         config = WIDE.replace(d_ff=192, num_experts=1, dt_rank=16)
@@ -108,7 +117,7 @@ def quantised_errors(scheme: str, path: str, *, rows8: bool) -> tuple[float, flo
             quantize_decoder(one.decoder, find_scheme(scheme))
         for module in model.decoder.modules():
             if isinstance(module, PackedLinear):
-                module.rows8 = module.rows8 and rows8
+                module.rows8 = rounds(module)
         exact.decoder.float()
         plan = plan_of(model)
         sequences = sequences_of(model, (60, 19), seed=seed)
@@ -125,17 +134,19 @@ def quantised_errors(scheme: str, path: str, *, rows8: bool) -> tuple[float, flo
 @pytest.mark.parametrize("scheme", ["experts-int8", "int8", "int4"])
 @pytest.mark.parametrize("path", PATHS)
 def test_a_quantised_prefill_in_bfloat16_is_no_further_off_than_the_modules(scheme: str, path: str):
-    ours, modules = quantised_errors(scheme, path, rows8=False)
+    ours, modules = quantised_errors(scheme, path, lambda _: False)
     assert ours <= 1.05 * modules
 
 
 @pytest.mark.parametrize("path", [path for path in PATHS if path in ("amx", "avx512_vnni")])
 def test_the_scheme_int8_lets_rows_be_rounded_to_eight_bits(path: str):
-    plain, _ = quantised_errors("int8", path, rows8=False)
-    rounded, modules = quantised_errors("int8", path, rows8=True)
+    plain, modules = quantised_errors("int8", path, lambda _: False)
+    chosen, _ = quantised_errors("int8", path, lambda module: module.rows8)
+    every, _ = quantised_errors("int8", path, lambda _: True)
     # Half a unit of 127 is some four times as coarse as bfloat16 at the largest value of a row.
-    assert plain < rounded <= 4 * modules
-    assert quantised_errors("experts-int8", path, rows8=True)[0] <= 1.05 * modules
+    assert plain < chosen < every <= 4 * modules
+    kept, modules = quantised_errors("experts-int8", path, lambda module: module.rows8)
+    assert kept <= 1.05 * modules
 
 
 @settings(max_examples=30)
