@@ -35,7 +35,7 @@ LAYERS = [
     {"language_model", "conversion"},
     {"continuation", "stepper"},
     {"generation"},
-    {"data", "serving", "evaluation", "analysis"},
+    {"data", "serving", "evaluation", "analysis", "recipe_sections"},
     {"corpus"},
     {"training"},
     {"studies"},

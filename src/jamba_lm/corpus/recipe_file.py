@@ -8,7 +8,6 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-import tomllib
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -38,8 +37,7 @@ from jamba_lm.corpus.recipe import (
 )
 from jamba_lm.errors import RecipeError
 from jamba_lm.files import path_kind
-
-MAXIMUM_RECIPE_BYTES = 2**20
+from jamba_lm.recipe_sections import assign, read_sections
 
 SECTIONS: Mapping[str, type[Any]] = {
     "documents": DocumentsSection,
@@ -115,56 +113,10 @@ def load_corpus_recipe(path: Path, assignments: Sequence[str] = ()) -> CorpusRec
         }
         folder = path
     else:
-        sections, folder = _read_toml(path), path.parent
+        sections, folder = read_sections(path, "a TOML file, or a folder of documents"), path.parent
     for assignment in assignments:
-        _assign(sections, assignment)
+        assign(sections, assignment, "duplicates.near=false")
     return build_corpus_recipe(sections, folder)
-
-
-def _read_toml(path: Path) -> dict[str, Any]:
-    if path_kind(path) != "file":
-        raise RecipeError(
-            f"no recipe at {str(path)!r}: expected a TOML file, or a folder of documents"
-        )
-    try:
-        with path.open("rb") as file:
-            data = file.read(MAXIMUM_RECIPE_BYTES + 1)
-    except OSError as cause:
-        raise RecipeError(f"cannot read {str(path)!r}: {cause.strerror or cause}") from cause
-    if len(data) > MAXIMUM_RECIPE_BYTES:
-        raise RecipeError(
-            f"recipe {str(path)!r} is longer than {MAXIMUM_RECIPE_BYTES:,} bytes: is it the right "
-            "file?"
-        )
-    try:
-        return tomllib.loads(data.decode("utf-8"))
-    except RecursionError as cause:
-        raise RecipeError(f"recipe {str(path)!r} is not TOML: nested too deeply") from cause
-    except ValueError as cause:
-        reason = " ".join(str(cause).split())[:200]
-        raise RecipeError(f"recipe {str(path)!r} is not TOML: {reason}") from cause
-
-
-def _assign(sections: dict[str, Any], assignment: str) -> None:
-    name, equals, text = assignment.partition("=")
-    section, dot, key = name.strip().partition(".")
-    if not equals or not dot or not key:
-        raise RecipeError(
-            f"--set {assignment!r}: expected section.key=value, like duplicates.near=false"
-        )
-    if section == "source":
-        raise RecipeError(
-            f"--set {assignment!r}: sources are a list, so change them in the recipe file"
-        )
-    try:
-        value = tomllib.loads(f"value = {text.strip()}")["value"]
-    except (RecursionError, ValueError):
-        # A word that needs no quotes on a command line: its key must then take text.
-        value = text.strip()
-    table = sections.setdefault(section, {})
-    if not isinstance(table, dict):
-        raise RecipeError(f"[{section}] must be a table, but the recipe says {shown(table)}")
-    table[key] = value
 
 
 def build_corpus_recipe(sections: Mapping[str, Any], folder: Path) -> CorpusRecipe:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
-import tomllib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,9 +15,8 @@ from typing import Any
 from jamba_lm.config import JambaConfig
 from jamba_lm.errors import ConfigError, RecipeError
 from jamba_lm.presets import preset
+from jamba_lm.recipe_sections import assign, read_sections
 from jamba_lm.training.recipe import CHOICES, RANGES, SECTIONS, DataSection, Recipe
-
-MAXIMUM_RECIPE_BYTES = 2**20
 
 
 def load_recipe(path: Path, assignments: Iterable[str] = ()) -> Recipe:
@@ -28,51 +26,10 @@ def load_recipe(path: Path, assignments: Iterable[str] = ()) -> Recipe:
         RecipeError: the file is missing or not TOML, a key is unknown (the message names the
             closest known one), or a value is missing, of the wrong kind or out of range.
     """
-    sections = _read_toml(path)
+    sections = read_sections(path)
     for assignment in assignments:
-        _assign(sections, assignment)
+        assign(sections, assignment, "training.steps=1000")
     return build_recipe(sections, path.parent)
-
-
-def _read_toml(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        raise RecipeError(f"no recipe at {str(path)!r}: expected a TOML file")
-    try:
-        with path.open("rb") as file:
-            data = file.read(MAXIMUM_RECIPE_BYTES + 1)
-        if len(data) > MAXIMUM_RECIPE_BYTES:
-            raise RecipeError(
-                f"recipe {str(path)!r} is longer than {MAXIMUM_RECIPE_BYTES:,} bytes: "
-                "is it the right file?"
-            )
-        return tomllib.loads(data.decode("utf-8"))
-    except OSError as cause:
-        raise RecipeError(f"cannot read {str(path)!r}: {cause.strerror or cause}") from cause
-    except (UnicodeDecodeError, tomllib.TOMLDecodeError, RecursionError, ValueError) as cause:
-        reason = "nested too deeply" if isinstance(cause, RecursionError) else _one_line(cause)
-        raise RecipeError(f"recipe {str(path)!r} is not TOML: {reason}") from cause
-
-
-def _one_line(cause: BaseException) -> str:
-    return " ".join(str(cause).split())[:200]
-
-
-def _assign(sections: dict[str, Any], assignment: str) -> None:
-    name, equals, text = assignment.partition("=")
-    section, dot, key = name.strip().partition(".")
-    if not equals or not dot or not key:
-        raise RecipeError(
-            f"--set {assignment!r}: expected section.key=value, like training.steps=1000"
-        )
-    try:
-        value = tomllib.loads(f"value = {text.strip()}")["value"]
-    except (tomllib.TOMLDecodeError, RecursionError, ValueError):
-        # A word that needs no quotes on a command line: its key must then take text.
-        value = text.strip()
-    table = sections.setdefault(section, {})
-    if not isinstance(table, dict):
-        raise RecipeError(f"[{section}] must be a table, but the recipe says {shown(table)}")
-    table[key] = value
 
 
 def build_recipe(sections: Mapping[str, Any], folder: Path) -> Recipe:
@@ -113,7 +70,7 @@ def _build_model(values: Mapping[str, Any]) -> JambaConfig:
         base = JambaConfig() if name is None else preset(name)
         return base.replace(**changes)
     except (ConfigError, TypeError) as cause:
-        raise RecipeError(f"[model]: {_one_line(cause)}") from cause
+        raise RecipeError(f"[model]: {' '.join(str(cause).split())[:200]}") from cause
 
 
 def _build_section(name: str, kind: type[Any], values: Mapping[str, Any]) -> Any:
