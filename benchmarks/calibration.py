@@ -15,7 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -109,18 +109,36 @@ class Peaks:
     product_flops: dict[str, float]
 
 
-def measure_peaks(threads: int, *, tries: int = 5, rows: int = 1024, width: int = 2048) -> Peaks:
-    """Measure the limits with torch's number of threads set to `threads`."""
+def measure_peaks(
+    threads: int,
+    *,
+    tries: int = 5,
+    rows: int = 1024,
+    width: int = 2048,
+    types: Iterable[str] = ("fp32", "bf16", "int8"),
+    num_bytes: int = DRAM_BYTES,
+) -> Peaks:
+    """Measure the limits with torch's number of threads set to `threads`.
+
+    Args:
+        threads: computing at once.
+        tries: the best of so many counts.
+        rows: of the matrix products.
+        width: of their matrices.
+        types: of the products that are wanted.
+        num_bytes: what is read; less than a cache holds is read from there.
+    """
     torch.set_num_threads(threads)
     lanes = probe_library().probe_lanes()
     fastest = min(probe(threads).wall for _ in range(tries))
     return Peaks(
         threads=threads,
         fma_flops=2e9 * lanes * threads / fastest,
-        read_bytes=read_bandwidth(threads, repeats=tries),
+        read_bytes=read_bandwidth(threads, num_bytes, repeats=tries),
         product_flops={
             name: 2.0 * rows * width * width / best_seconds(run, tries)
             for name, run in products(rows, width).items()
+            if name in types
         },
     )
 

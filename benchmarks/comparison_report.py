@@ -1,6 +1,6 @@
 """The record of `cpu_inference` as tables and as a picture. Measures nothing.
 
-A number that was not taken on a quiet machine is in brackets: it may be looked at and not quoted.
+A number that is not known to within a tenth is in brackets: it may be looked at and not quoted.
 """
 
 from __future__ import annotations
@@ -12,20 +12,24 @@ from pathlib import Path
 from typing import Any
 
 GIB = 1024**3
+# The limit that the machine sets, measured like an engine.
+MACHINE = "roofline"
 START, END = "<!-- tables: begin -->", "<!-- tables: end -->"
 
 
 def markdown(result: Mapping[str, Any]) -> str:
     """Return everything as Markdown, one table for each shape."""
-    peaks, hardware = result["peaks"], result["hardware"]
+    peaks, after, hardware = result["peaks"], result["peaks_after"], result["hardware"]
     products = ", ".join(
-        f"{name} {1e-9 * flops:,.0f}" for name, flops in peaks["product_flops"].items()
+        f"{name} {span(1e-9 * flops, 1e-9 * after['product_flops'][name])}"
+        for name, flops in peaks["product_flops"].items()
     )
     lines = [
         f"{hardware['processor']}, {peaks['threads']} threads, torch {hardware['torch']}, commit "
-        f"{hardware['commit']}. Memory is read at {1e-9 * peaks['read_bytes']:.1f} GB/s; matrix "
-        f"products reach {products} G operations/s, multiply-adds in registers "
-        f"{1e-9 * peaks['fma_flops']:,.0f}.",
+        f"{hardware['commit']}. Before and after the run memory is read at "
+        f"{span(1e-9 * peaks['read_bytes'], 1e-9 * after['read_bytes'])} GB/s; matrix products "
+        f"reach {products} G operations/s, multiply-adds in registers "
+        f"{span(1e-9 * peaks['fma_flops'], 1e-9 * after['fma_flops'])}.",
         "",
         "```sh",
         result["command"],
@@ -40,43 +44,58 @@ def markdown(result: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def span(one: float, other: float) -> str:
+    """Write two measurements of the same thing, the lower one first."""
+    low, high = (
+        f"{value:,.3g}" if value < 100 else f"{value:,.0f}" for value in sorted((one, other))
+    )
+    return low if low == high else f"{low} to {high}"
+
+
 def speed_table(blocks: Sequence[Mapping[str, Any]]) -> list[str]:
     """Return a table of tokens a second with the ratios to the peers and to the roofline."""
     lines = [
-        "| tokens/s | ours | roofline | share of it | peers, and ours over theirs |",
-        "| --- | ---: | ---: | ---: | --- |",
+        "| tokens/s | ours | share of the roofline | peers, and ours over theirs |",
+        "| --- | ---: | ---: | --- |",
     ]
     for block in blocks:
         for what, speed in block["speed"].items():
-            engines = speed["engines"]
-            roofline = speed["roofline_tokens_per_second"]
+            engines, ratios = speed["engines"], speed["ratios"]
             ours = engines.get("jamba")
             peers = [
-                f"{name} {rate(one)} ({ratio(ours, one)})"
+                f"{name} {rate(one)} ({times(ratios.get(name))})"
                 for name, one in engines.items()
-                if name != "jamba"
+                if name not in ("jamba", MACHINE)
             ]
-            share = "" if ours is None else f"{100 * ours['tokens_per_second'] / roofline:.0f} %"
+            # The roofline's time over ours: the share of it that is reached.
+            share = percent(ratios[MACHINE]) if MACHINE in ratios else ""
             lines.append(
                 f"| {block['type']}, {what} | {'not run' if ours is None else rate(ours)} "
-                f"| {roofline:,.0f} | {share} | {', '.join(peers)} |"
+                f"| {share} | {', '.join(peers)} |"
             )
     return lines
 
 
 def rate(one: Mapping[str, Any]) -> str:
-    """Write tokens a second with three figures; in brackets when the block was contaminated."""
+    """Write tokens a second with three figures; in brackets when they may not be quoted."""
     number = one["tokens_per_second"]
     text = f"{number:,.0f}" if number >= 100 else f"{number:.3g}"
     return text if one["problem"] is None else f"[{text}]"
 
 
-def ratio(ours: Mapping[str, Any] | None, theirs: Mapping[str, Any]) -> str:
-    """Write ours over theirs; in brackets when either block was contaminated."""
-    if ours is None:
+def times(ratio: Mapping[str, Any] | None) -> str:
+    """Write ours over theirs and how well it is known; in brackets when it may not be quoted."""
+    if ratio is None:
         return "ours not run"
-    text = f"{ours['tokens_per_second'] / theirs['tokens_per_second']:.2f}x"
-    return text if ours["problem"] is None and theirs["problem"] is None else f"[{text}]"
+    low, high = ratio["interval"]
+    text = f"**{ratio['median']:.2f}x**, {low:.2f} to {high:.2f}"
+    return text if ratio["problem"] is None else f"[{text}]"
+
+
+def percent(ratio: Mapping[str, Any]) -> str:
+    """Write a share of the roofline; in brackets when it may not be quoted."""
+    text = f"{100 * ratio['median']:.0f} %"
+    return text if ratio["problem"] is None else f"[{text}]"
 
 
 def cold_table(blocks: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -89,7 +108,7 @@ def cold_table(blocks: Sequence[Mapping[str, Any]]) -> list[str]:
         for name, one in block.get("cold", {}).items():
             label = f"{name} {block['type']}" if name == "jamba" else name
             seconds = f"{one['seconds']:.2f} s"
-            shown = seconds if one["first_token"]["problem"] is None else f"[{seconds}]"
+            shown = seconds if one["first_token"]["disturbed"] is None else f"[{seconds}]"
             weights = f"{block['weight_bytes'] / GIB:.2f} GiB" if name == "jamba" else ""
             lines.append(f"| {label} | {shown} | {one['peak_bytes'] / GIB:.2f} GiB | {weights} |")
     return lines
@@ -142,14 +161,16 @@ def plot(result: Mapping[str, Any], path: Path) -> None:
     for panel, shape in zip(panels[:, 0], shapes, strict=True):
         bars = bars_of([block for block in result["blocks"] if block["shape"] == shape])
         for engine in dict.fromkeys(bar[1] for bar in bars):
-            places = [(at, value) for at, name, value, _ in bars if name == engine]
+            places = [(at, value) for at, name, value in bars if name == engine]
             panel.bar(
-                [at for at, _ in places], [value for _, value in places], width=1.0, label=engine
+                [at for at, _ in places],
+                [value for _, value in places],
+                width=1.0,
+                label=engine,
+                color="lightgrey" if engine == MACHINE else None,
             )
-        for at, _, _, roofline in bars:
-            panel.plot([at - 0.5, at + 0.5], [roofline, roofline], color="black", linewidth=1)
         panel.set_xticks(
-            [at for at, name, _, _ in bars if name.startswith("jamba")],
+            [at for at, name, _ in bars if name.startswith("jamba")],
             labels_of([block for block in result["blocks"] if block["shape"] == shape]),
             rotation=20,
             ha="right",
@@ -157,21 +178,20 @@ def plot(result: Mapping[str, Any], path: Path) -> None:
         )
         panel.set_yscale("log")
         panel.set_ylabel("tokens/s")
-        panel.set_title(f"{shape} (the line is the roofline of ours)", fontsize=9)
+        panel.set_title(shape, fontsize=9)
         panel.legend(fontsize=7, ncols=4)
     figure.savefig(path, dpi=110)
     pyplot.close(figure)
 
 
-def bars_of(blocks: Sequence[Mapping[str, Any]]) -> list[tuple[float, str, float, float]]:
-    """List the place, the engine, tokens a second and the roofline of each bar."""
-    bars: list[tuple[float, str, float, float]] = []
+def bars_of(blocks: Sequence[Mapping[str, Any]]) -> list[tuple[float, str, float]]:
+    """List the place, the engine (or the roofline) and tokens a second of each bar."""
+    bars: list[tuple[float, str, float]] = []
     at = 0.0
     for block in blocks:
         for speed in block["speed"].values():
             for name, one in speed["engines"].items():
-                roofline = speed["roofline_tokens_per_second"]
-                bars.append((at, name, one["tokens_per_second"], roofline))
+                bars.append((at, name, one["tokens_per_second"]))
                 at += 1
             at += 1
     return bars

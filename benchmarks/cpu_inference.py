@@ -5,9 +5,10 @@
         [--write docs/results/cpu.md]
 
 First the machine is calibrated and the engines are compared: same logits to the rounding of the
-type, same greedy tokens. Then they are measured in alternation, every sample between two probes of
-the machine; samples that were disturbed are thrown away, and a block with too few quiet ones is
-reported as contaminated, with status 1. Checkpoints and llama.cpp are kept in a cache folder.
+type, same greedy tokens. Then they are measured in alternation, and in the same rounds what the
+machine could do at that moment. Samples that others of this machine disturbed are thrown away, and
+a ratio that is not known to within a tenth is reported as such, with status 1. Checkpoints and
+llama.cpp are kept in a cache folder.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from __future__ import annotations
 import argparse
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -23,17 +24,19 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import engine_client, llama_cpp, parity_gate
-from benchmarks.calibration import Peaks, measure_peaks, read_bandwidth
+from benchmarks.calibration import Peaks, measure_peaks
 from benchmarks.checkpoints import SHAPES, checkpoint, fits_together, truth_type
-from benchmarks.comparison_report import markdown, plot, replace_tables
-from benchmarks.comparison_verdict import judge_again, problems_of
+from benchmarks.comparison_report import MACHINE, markdown, plot, replace_tables
+from benchmarks.comparison_verdict import problems_of
 from benchmarks.engine_client import Worker, worker
+from benchmarks.limits import speeds_now
 from benchmarks.our_model import packed_folder
 from benchmarks.quiet import Verdict
+from benchmarks.ratios import paired
 from benchmarks.record import hardware, write_json
 from benchmarks.timing import Patience, Stopwatch
 from jamba_lm.analysis.memory import weight_bytes
-from jamba_lm.analysis.roofline import Call, Speeds, floor_seconds, model_work
+from jamba_lm.analysis.roofline import Call, floor_seconds, model_work
 from jamba_lm.config import JambaConfig
 from jamba_lm.presets import preset
 
@@ -48,8 +51,6 @@ NEW_TOKENS = {"tiny": 64, "mid": 32, "3b": 16}
 DECODE_PROMPT = 16
 PARITY_TOKENS, GREEDY_TOKENS = 96, 24
 COLD_RUNS = 3
-# Vector instructions that the scan takes for one vector of states (`docs/results/log.md`).
-SCAN_INSTRUCTIONS = 11
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,23 +103,10 @@ class Run:
         self.watch.log(text)
 
 
-def speeds_for(config: JambaConfig, weights: str, peaks: Peaks) -> Speeds:
-    """Return the limits that a model is held against: its own weights are what is read."""
-    size = weight_bytes(config, weights)
-    lanes_per_second = peaks.fma_flops / 2
-    return Speeds(
-        threads=peaks.threads,
-        # A model that fits into a cache is read from there.
-        read_bytes=peaks.read_bytes
-        if size >= 2**29
-        else max(peaks.read_bytes, read_bandwidth(peaks.threads, size // 2**20 * 2**20, 20)),
-        amounts={
-            "fp32": max(peaks.fma_flops, peaks.product_flops["fp32"]),
-            "bf16": peaks.product_flops["bf16"],
-            "int8": max(peaks.product_flops["int8"], peaks.product_flops["bf16"]),
-            "scan": lanes_per_second / SCAN_INSTRUCTIONS,
-        },
-    )
+def floor_now(run: Run, config: JambaConfig, weights: str, measure: Measure) -> float:
+    """Return the least seconds a sample could take on the machine as it is at this moment."""
+    speeds = speeds_now(config, weights, run.threads, tries=2)
+    return sum(floor_seconds(model_work(config, call, weights), speeds) for call in measure.calls())
 
 
 def place_of(engine: str, folder: Path, weights: str) -> tuple[str, Path, str]:
@@ -192,6 +180,7 @@ def measure_speed(
                 actions[f"llama.cpp {kind}"] = partial(
                     llama_seconds, run.llama, model, run.threads, measure
                 )
+            actions[MACHINE] = partial(floor_now, run, preset(shape), weights, measure)
             run.watch.pids = partial(pids_of, running)
             patience = Patience(run.options.samples, run.options.most, run.options.seconds)
             found[measure.name] = run.watch.alternate(actions, patience)
@@ -274,28 +263,31 @@ def compare_engines(run: Run, shape: str, weights: str) -> dict[str, Any]:
     block: dict[str, Any] = {"shape": shape, "type": weights, "parity": parity, "speed": {}}
     if not engines:
         return block
-    speeds = speeds_for(config, weights, run.peaks)
     verdicts = measure_speed(run, shape, weights, folder, engines)
     for measure in measures(shape, run.options.prompts, run.options.batches):
-        calls = measure.calls()
-        floor = sum(floor_seconds(model_work(config, call, weights), speeds) for call in calls)
-        block["speed"][measure.name] = {
-            "rows": measure.rows,
-            "roofline_tokens_per_second": measure.rows / floor,
-            "engines": {
-                name: asdict(verdict)
-                | {
-                    "seconds": verdict.seconds,
-                    "tokens_per_second": measure.rows / verdict.seconds,
-                }
-                for name, verdict in verdicts[measure.name].items()
-            },
-        }
-    block["read_bytes_per_second"] = speeds.read_bytes
+        block["speed"][measure.name] = speed_record(measure.rows, verdicts[measure.name])
     block["weight_bytes"] = weight_bytes(config, weights)
     if run.options.cold:
         block["cold"] = measure_cold(run, shape, weights, folder, engines)
     return block
+
+
+def speed_record(rows: int, verdicts: Mapping[str, Verdict]) -> dict[str, Any]:
+    """Put together what became of one measure: speeds, and ratios of ours to all others."""
+    ours = verdicts.get("jamba")
+    return {
+        "rows": rows,
+        "engines": {
+            name: asdict(verdict)
+            | {"seconds": verdict.seconds, "tokens_per_second": rows / verdict.seconds}
+            for name, verdict in verdicts.items()
+        },
+        "ratios": {
+            name: asdict(paired(verdict, ours))
+            for name, verdict in verdicts.items()
+            if ours is not None and name != "jamba"
+        },
+    }
 
 
 def parse_options() -> argparse.Namespace:
@@ -346,10 +338,8 @@ def main() -> None:
         "hardware": hardware(),
         "peaks": asdict(run.peaks),
         "peaks_after": asdict(measure_peaks(options.threads)),
-        "fma_nanoseconds": watch.reference,
         "blocks": blocks,
     }
-    judge_again(result)
     text = markdown(result)
     print(text)
     if options.out is not None:

@@ -21,6 +21,7 @@ import torch
 
 import jamba_lm
 from benchmarks.quiet import Verdict
+from benchmarks.ratios import paired
 from benchmarks.record import ROOT, hardware, require_green, write_json
 from benchmarks.timing import Patience, Stopwatch
 from jamba_lm.data import read_documents
@@ -130,14 +131,16 @@ def row(
 ) -> dict[str, Any]:
     """Put together what became of one task."""
     assert drafted.drafting is not None
+    ratio = paired(without, with_drafts)
     return {
         "task": task.name,
         "plain_tokens_per_second": (len(plain.ids) - 1) / without.seconds,
         "drafted_tokens_per_second": (len(drafted.ids) - 1) / with_drafts.seconds,
-        "ratio": without.seconds / with_drafts.seconds,
+        "ratio": ratio.median,
+        "ratio_interval": ratio.interval,
         "drafting": asdict(drafted.drafting),
         "same_text": plain.ids == drafted.ids,
-        "problems": [one.problem for one in (without, with_drafts) if one.problem],
+        "problems": [ratio.problem] if ratio.problem else [],
         "samples": [asdict(one) for one in (without, with_drafts)],
     }
 

@@ -26,10 +26,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from benchmarks.calibration import measure_peaks
 from benchmarks.checkpoints import SHAPES, checkpoint
-from benchmarks.cpu_inference import TYPES, speeds_for
+from benchmarks.cpu_inference import TYPES
 from benchmarks.engine_worker import random_ids
+from benchmarks.limits import speeds_now
 from benchmarks.llama_cpp import cache_folder
 from benchmarks.our_model import open_model, packed_folder
 from benchmarks.quiet import Verdict
@@ -296,11 +296,10 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     watch = Stopwatch(options.threads)
-    peaks = measure_peaks(options.threads)
     folder = packed_folder(checkpoint(options.shape, options.cache), options.weights)
     model = open_model(folder, options.weights)
-    speeds = speeds_for(model.config, options.weights, peaks)
-    record: dict[str, Any] = {"hardware": hardware(), "peaks": asdict(peaks), "phases": {}}
+    speeds = speeds_now(model.config, options.weights, options.threads)
+    record: dict[str, Any] = {"hardware": hardware(), "speeds": asdict(speeds), "phases": {}}
     contaminated = False
     for phase in phases(model, options.batch, options.prompt):
         patience = Patience(options.samples, 60, options.seconds)

@@ -1,26 +1,31 @@
-"""Which samples were taken on a quiet machine: the rule, and the accounts it is judged by.
+"""Which samples count, and which of their medians may be quoted: the rules.
 
-Three things spoil a timing, and each has its own witness. Other processes of this machine take a
-core: the kernel counts how long our threads waited for one, and whose processor time was not ours.
-The host takes a core away: "stolen" time says so. A neighbour outside this machine slows the core
-itself (frequency, a shared pipeline): the rate of multiply-adds just before and just after the
-sample says so.
+Other processes of this machine take a core: the kernel counts how long our threads waited for one,
+and whose processor time was not ours. The host takes a core away: "stolen" time says so. Such
+samples are thrown away.
 
-A run is judged as a whole by the same rate: where most samples of a block have to be thrown away,
-or a block's own reference rate is not the run's, the block is called contaminated, and no number
-of it may be quoted. Knows nothing of what is measured.
+A neighbour outside this machine slows the core itself (frequency, a shared pipeline). On a rented
+machine there is always one, and no sample is without it; what is compared is therefore measured in
+alternation, so that it meets both sides, and its effect is judged where it shows: in how far the
+median of the samples, or of the ratios of neighbouring ones (`ratios.py`), is known at all. What is
+not known to within a tenth may not be quoted.
+
+Knows nothing of what is measured.
 """
 
 from __future__ import annotations
 
+import math
 import os
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-# Rates of multiply-adds that differ by more than this share are of two different machines.
-STEADY = 0.05
+# A median may be quoted when its interval reaches no further than this share from it.
+STEADY = 0.10
+# How often the true median lies in the interval.
+CONFIDENCE = 0.9
 
 # The most that others may take of the processor time there was, and that our threads may wait for
 # a core of the time that passed.
@@ -126,91 +131,105 @@ class Sample:
     available: float
     waited: float = 0.0
 
-    def disturbance(self, reference: float) -> str | None:
-        """Say what spoiled this sample; None when it was quiet.
-
-        Args:
-            reference: nanoseconds of a multiply-add when the machine is quiet.
-        """
+    def disturbance(self) -> str | None:
+        """Say what spoiled this sample; None when nothing inside this machine did."""
         if self.waited > max(OTHERS_SHARE * self.seconds, WAKING_SECONDS):
             return f"its threads waited {self.waited:.3g} s for a core in {self.seconds:.3g} s"
         if self.others > max(OTHERS_SHARE * self.available, TICKS_SECONDS):
             return f"others took {self.others:.2f} of {self.available:.2f} processor seconds"
-        slower = max(self.before, self.after)
-        if not agree(slower, reference):
-            return f"a multiply-add took {slower:.4f} ns beside it, not {reference:.4f}"
         return None
 
 
-def agree(one: float, other: float) -> bool:
-    """Say whether two rates are of the same machine."""
-    return abs(one - other) <= STEADY * min(one, other)
+def median_interval(values: Sequence[float]) -> tuple[float, float]:
+    """Return between which two of `values` the true median lies, at `CONFIDENCE` or better.
 
+    By ranks, so that nothing is assumed of how timings are distributed: the number of values below
+    the median is binomial. Few values may not reach the confidence; then all of them are the
+    interval.
 
-def reference_rate(samples: Sequence[Sample]) -> float:
-    """Return the multiply-add time of the quiet machine, seen in some samples.
+    Source: the sign test's interval, e.g. Conover, Practical Nonparametric Statistics, section 3.2.
 
-    The tenth part of the way from the fastest probe to the slowest: not the fastest one, which may
-    be a moment of a higher frequency that nothing else had.
+    >>> median_interval([5.0, 1.0, 9.0, 2.0, 3.0, 4.0, 8.0, 7.0])
+    (2.0, 8.0)
     """
-    probes = sorted(rate for sample in samples for rate in (sample.before, sample.after))
-    return probes[len(probes) // 10]
+    ranked = sorted(values)
+    count, outside, cut = len(ranked), 0.0, 0
+    while cut < (count - 1) // 2:
+        outside += 2 * math.comb(count, cut) / 2**count
+        if outside > 1 - CONFIDENCE:
+            break
+        cut += 1
+    first = max(0, cut - 1)
+    return ranked[first], ranked[count - 1 - first]
+
+
+def unsteady(median: float, interval: tuple[float, float]) -> bool:
+    """Say whether an interval reaches too far from its median for the number to be quoted."""
+    return interval[1] > median * (1 + STEADY) or interval[0] < median / (1 + STEADY)
 
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """What became of the samples of one block.
+    """What became of the samples of one thing that was measured.
 
     Attributes:
-        reference: nanoseconds of a multiply-add that the samples were held against.
-        kept: seconds of the quiet samples, in the order they were taken.
-        raw: seconds of all samples.
+        raw: seconds of all samples, in the order they were taken.
         quiet: whether each of them was.
+        interval: seconds between which the median of the quiet ones lies.
+        multiply_adds: the shortest and the longest nanoseconds of one beside the samples.
         thrown_away: why, for each sample that was.
-        problem: why no number of this block may be quoted; None when they may.
+        disturbed: why not even a ratio of neighbouring samples may be quoted; None when it may.
+        problem: why no number may be quoted; None when they may.
     """
 
-    reference: float
-    kept: tuple[float, ...]
     raw: tuple[float, ...]
     quiet: tuple[bool, ...]
+    interval: tuple[float, float]
+    multiply_adds: tuple[float, float]
     thrown_away: tuple[str, ...]
+    disturbed: str | None
     problem: str | None
 
     @property
+    def kept(self) -> tuple[float, ...]:
+        """Seconds of the quiet samples."""
+        return tuple(s for s, quiet in zip(self.raw, self.quiet, strict=True) if quiet)
+
+    @property
     def seconds(self) -> float:
-        """The median of the quiet samples; of all of them in a contaminated block."""
-        return statistics.median(self.kept if self.problem is None else self.raw)
+        """The median of the quiet samples; of all of them when too few are."""
+        return statistics.median(self.kept if self.disturbed is None else self.raw)
 
 
-def judge(samples: Sequence[Sample], run_reference: float | None = None) -> Verdict:
-    """Decide which samples count, and whether the block may be quoted.
+def judge(samples: Sequence[Sample]) -> Verdict:
+    """Decide which samples count, and whether their median may be quoted.
 
     Args:
         samples: all that were taken, at least one.
-        run_reference: what earlier blocks of the same run found a multiply-add to take.
     """
-    own = reference_rate(samples)
-    reference = own if run_reference is None else min(own, run_reference)
-    reasons = [sample.disturbance(reference) for sample in samples]
+    reasons = [sample.disturbance() for sample in samples]
     quiet = [sample for sample, why in zip(samples, reasons, strict=True) if why is None]
     others, available = sum(s.others for s in quiet), sum(s.available for s in quiet)
-    problem = None
-    if run_reference is not None and not agree(own, reference):
-        problem = (
-            f"a multiply-add took {own:.4f} ns during this block and {reference:.4f} in the run"
-        )
-    elif len(quiet) < FEWEST_SAMPLES or len(quiet) < FEWEST_SHARE * len(samples):
-        problem = f"{len(quiet)} of {len(samples)} samples were quiet"
+    disturbed = None
+    if len(quiet) < FEWEST_SAMPLES or len(quiet) < FEWEST_SHARE * len(samples):
+        disturbed = f"{len(quiet)} of {len(samples)} samples were quiet"
     elif others > max(OTHERS_SHARE * available, TICKS_SECONDS):
         # Too little to see in one short sample, and plain in their sum.
-        problem = f"others took {others:.2f} of {available:.2f} processor seconds"
-    thrown_away = tuple(why for why in reasons if why is not None)
+        disturbed = f"others took {others:.2f} of {available:.2f} processor seconds"
+    counted = [one.seconds for one in (quiet if disturbed is None else samples)]
+    interval, median = median_interval(counted), statistics.median(counted)
+    problem = disturbed
+    if problem is None and unsteady(median, interval):
+        problem = (
+            f"the median of {median:.3g} s lies between {interval[0]:.3g} and {interval[1]:.3g} s"
+        )
+    probes = [rate for sample in samples for rate in (sample.before, sample.after)]
     return Verdict(
-        reference=reference,
-        kept=tuple(sample.seconds for sample in quiet),
         raw=tuple(sample.seconds for sample in samples),
         quiet=tuple(why is None for why in reasons),
-        thrown_away=thrown_away,
+        interval=interval,
+        multiply_adds=(min(probes), max(probes)),
+        thrown_away=tuple(why for why in reasons if why is not None),
+        disturbed=disturbed,
         problem=problem,
     )

@@ -15,6 +15,7 @@ from typing import TypeVar
 
 from benchmarks.calibration import probe
 from benchmarks.quiet import Sample, Verdict, judge, read_accounts
+from benchmarks.ratios import paired
 
 Answer = TypeVar("Answer")
 # Returns the seconds that one repetition took, by the clock of whoever did it.
@@ -36,6 +37,16 @@ class Patience:
     seconds: float = 60.0
 
 
+def settled(verdicts: Mapping[str, Verdict], wanted: int) -> bool:
+    """Say whether all may be quoted: as ratios to the first, or alone where it is alone."""
+    first, *others = verdicts.values()
+    if any(len(verdict.kept) < wanted for verdict in verdicts.values()):
+        return False
+    if not others:
+        return first.problem is None
+    return all(paired(other, first).problem is None for other in others)
+
+
 def to_stderr(text: str) -> None:
     """Print beside the result."""
     print(text, file=sys.stderr, flush=True)
@@ -48,23 +59,27 @@ def no_processes() -> Iterable[int]:
 
 @dataclass(slots=True)
 class Stopwatch:
-    """Takes samples, and remembers how fast the machine was at its quietest.
+    """Takes samples of several things in turn.
 
     Attributes:
         threads: that the work uses, and so the probe.
         pids: the processes that work for us at this moment.
-        reference: nanoseconds of a multiply-add in the best block so far.
     """
 
     threads: int
     pids: Callable[[], Iterable[int]] = no_processes
-    reference: float | None = None
     log: Callable[[str], None] = to_stderr
 
     def alternate(
         self, actions: Mapping[str, Action], patience: Patience, warm_up: int = 1
     ) -> dict[str, Verdict]:
-        """Take samples of all actions in turn, until each has enough quiet ones or time is up."""
+        """Take samples of all actions in turn, until they are `settled` or patience ends.
+
+        Args:
+            actions: what is compared, by name; the first one is what the others are held against.
+            patience: how long to try.
+            warm_up: rounds that do not count.
+        """
         for _ in range(warm_up):
             for action in actions.values():
                 action()
@@ -75,16 +90,13 @@ class Stopwatch:
             for name, action in actions.items():
                 sample, rate = self._sample(action, rate)
                 samples[name].append(sample)
-            verdicts = {name: judge(taken, self.reference) for name, taken in samples.items()}
+            verdicts = {name: judge(taken) for name, taken in samples.items()}
             taken = len(next(iter(samples.values())))
-            enough = all(len(verdict.kept) >= patience.wanted for verdict in verdicts.values())
-            if enough or taken >= patience.most:
+            if settled(verdicts, patience.wanted) or taken >= patience.most:
                 break
             if time.monotonic() - started > patience.seconds:
                 break
         self._tell(verdicts)
-        quietest = min(verdict.reference for verdict in verdicts.values())
-        self.reference = quietest if self.reference is None else min(self.reference, quietest)
         return verdicts
 
     def observe(self, action: Callable[[], Answer]) -> tuple[Answer, Sample]:
@@ -117,9 +129,11 @@ class Stopwatch:
             raw = " ".join(f"{1e3 * seconds:.4g}" for seconds in verdict.raw)
             kept = f"{len(verdict.kept)} of {len(verdict.raw)} samples quiet"
             self.log(f"  {name}: {1e3 * verdict.seconds:.4g} ms, {kept}; all, in ms: {raw}")
-            if verdict.problem is not None:
-                worst = verdict.thrown_away[-1] if verdict.thrown_away else verdict.problem
-                self.log(f"  {name}: CONTAMINATED: {verdict.problem} (the last one: {worst})")
+            if verdict.disturbed is not None:
+                worst = verdict.thrown_away[-1] if verdict.thrown_away else verdict.disturbed
+                self.log(f"  {name}: CONTAMINATED: {verdict.disturbed} (the last one: {worst})")
+            elif verdict.problem is not None:
+                self.log(f"  {name}: unsteady: {verdict.problem}")
 
 
 def timed(action: Callable[[], object]) -> Action:

@@ -30,6 +30,7 @@ from torch.profiler import ProfilerActivity
 
 from benchmarks.checkpoints import checkpoint
 from benchmarks.llama_cpp import cache_folder
+from benchmarks.ratios import paired
 from benchmarks.record import ROOT, hardware, require_green, write_json
 from benchmarks.timing import Action, Patience, Stopwatch, timed
 from benchmarks.training_peer import load, step
@@ -235,7 +236,14 @@ def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
         if name in verdicts
     }
     product = 2.0 * PRODUCT[0] * PRODUCT[1] * PRODUCT[2]
-    peak = product / verdicts[PEAK].seconds
+    # How much longer than a product a step takes, round by round.
+    against_peak = {name: paired(verdicts[name], verdicts[PEAK]) for name in (BOTH, WHOLE)}
+    against_peers = {
+        name: paired(verdicts[name], verdicts[BOTH])
+        for name in (EAGER, PARALLEL)
+        if name in verdicts
+    }
+    share = rows / (options.sequences * options.their_tokens)
     return {
         "hardware": hardware(),
         "shape": options.shape,
@@ -244,11 +252,23 @@ def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
         "agreement": agreement,
         "tokens_per_second": per_second,
         "no_step_within_seconds": dict.fromkeys(too_slow, options.limit),
-        "peak_flops": peak,
-        "mfu": {name: flops / verdicts[name].seconds / peak for name in (BOTH, WHOLE)},
+        "peak_flops": product / verdicts[PEAK].seconds,
+        "mfu": {name: flops / product / one.median for name, one in against_peak.items()},
+        "times_as_fast": {name: share * one.median for name, one in against_peers.items()},
+        "ratios": {
+            name: asdict(one)
+            for name, one in {
+                **{f"{name} / product": one for name, one in against_peak.items()},
+                **{f"{name} / {BOTH}": one for name, one in against_peers.items()},
+            }.items()
+        },
         "profile_seconds": profile_of(ours),
         "backends": {op: ops.choose(op).__name__ for op in ("selective_scan", "causal_conv")},
-        "problems": {name: one.problem for name, one in verdicts.items() if one.problem},
+        "problems": {
+            name: one.problem
+            for name, one in (*against_peak.items(), *against_peers.items())
+            if one.problem
+        },
         "samples": {name: asdict(one) for name, one in verdicts.items()},
     }
 
@@ -265,7 +285,7 @@ def render(result: dict[str, Any]) -> str:
     ]
     for name, speed in speeds.items():
         share = f"{100 * mfu[name]:.0f} %" if name in mfu else ""
-        times = "" if name in mfu else f"{speeds[BOTH] / speed:.1f} times as fast"
+        times = "" if name in mfu else f"{result['times_as_fast'][name]:.1f} times as fast"
         lines.append(f"| {name} | {speed:,.0f} | {times} | {share} |")
     for name, limit in result["no_step_within_seconds"].items():
         least = speeds[BOTH] * limit / result["their_rows"]

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from benchmarks.comparison_report import bars_of, labels_of, markdown, plot
-from benchmarks.comparison_verdict import calibration_problems, judge_again, problems_of
+from benchmarks.comparison_verdict import problems_of
 from benchmarks.engine_client import EngineFailure
 from benchmarks.llama_cpp import (
     AMX_CALL,
@@ -136,13 +136,17 @@ def test_the_configuration_of_tiles_is_kept_once(tmp_path: Path):
 # --- the report
 
 
-def engine(speed: float, problem: str | None = None, reference: float = 0.2) -> dict[str, Any]:
+def engine(speed: float, problem: str | None = None) -> dict[str, Any]:
     return {
         "tokens_per_second": speed,
         "seconds": 1 / speed,
         "problem": problem,
-        "reference": reference,
+        "disturbed": problem,
     }
+
+
+def ratio(median: float, problem: str | None = None) -> dict[str, Any]:
+    return {"median": median, "interval": (0.9 * median, 1.1 * median), "problem": problem}
 
 
 def result() -> dict[str, Any]:
@@ -160,24 +164,27 @@ def result() -> dict[str, Any]:
         "read_bytes": 4e10,
         "product_flops": {"fp32": 2e11, "bf16": 8e11, "int8": 1.6e12},
     }
-    engines = {"jamba": engine(2000.0), "transformers": engine(100.0), "llama.cpp F16": engine(800)}
+    speeds = {"jamba": 2000.0, "transformers": 100.0, "llama.cpp F16": 800, "roofline": 4000.0}
+    engines = {name: engine(speed) for name, speed in speeds.items()}
+    ratios = {name: ratio(2000.0 / speed) for name, speed in speeds.items() if name != "jamba"}
     return {
         "command": "python -m benchmarks.cpu_inference --shape tiny",
         "hardware": {"processor": "Example", "torch": "2", "commit": "abc"},
         "peaks": peaks,
         "peaks_after": peaks,
-        "fma_nanoseconds": 0.2,
         "blocks": [
             {
                 "shape": "tiny",
                 "type": "bf16",
                 "weight_bytes": 2**30,
-                "parity": {"engines": {name: dict(parity) for name in engines}},
+                "parity": {
+                    "engines": {name: dict(parity) for name in engines if name != "roofline"}
+                },
                 "speed": {
                     "prefill 512": {
                         "rows": 512,
-                        "roofline_tokens_per_second": 4000.0,
                         "engines": engines,
+                        "ratios": ratios,
                     }
                 },
                 "cold": {
@@ -194,40 +201,43 @@ def result() -> dict[str, Any]:
 
 def test_a_clean_result_has_ratios_and_no_problem():
     found = result()
-    judge_again(found)
     assert problems_of(found) == []
     text = markdown(found)
-    assert "| bf16, prefill 512 | 2,000 | 4,000 | 50 % | transformers 100 (20.00x), " in text
-    assert "llama.cpp F16 800 (2.50x) |" in text
+    assert (
+        "| bf16, prefill 512 | 2,000 | 50 % | transformers 100 (**20.00x**, 18.00 to 22.00), "
+        "llama.cpp F16 800 (**2.50x**, 2.25 to 2.75) |" in text
+    )
     assert "| jamba bf16 | 0.75 s | 1.00 GiB | 1.00 GiB |" in text
     assert "python -m benchmarks.cpu_inference --shape tiny" in text
 
 
-def test_a_contaminated_number_is_in_brackets_and_so_is_every_ratio_to_it():
+def test_what_may_not_be_quoted_is_in_brackets():
     found = result()
-    found["blocks"][0]["speed"]["prefill 512"]["engines"]["transformers"]["problem"] = "noise"
-    text = markdown(found)
-    assert (
-        "| 2,000 | 4,000 | 50 % | transformers [100] ([20.00x]), llama.cpp F16 800 (2.50x) |"
-        in text
-    )
-    assert problems_of(found) == ["tiny bf16, prefill 512, transformers: noise"]
+    speed = found["blocks"][0]["speed"]["prefill 512"]
+    speed["engines"]["transformers"]["problem"] = "noise"
+    assert problems_of(found) == [], "its ratio to ours is known all the same"
+    assert "transformers [100] (**20.00x**, 18.00 to 22.00)" in markdown(found)
+    speed["ratios"]["transformers"]["problem"] = "noise"
+    speed["ratios"]["roofline"]["problem"] = "other noise"
+    assert "| [50 %] | transformers [100] ([**20.00x**, 18.00 to 22.00])" in markdown(found)
+    assert problems_of(found) == [
+        "tiny bf16, prefill 512, transformers: noise",
+        "tiny bf16, prefill 512, roofline: other noise",
+    ]
 
 
-def test_a_block_that_was_taken_before_the_machine_became_faster_is_marked_afterwards():
+def test_a_cold_start_that_others_disturbed_is_a_problem():
     found = result()
-    found["fma_nanoseconds"] = 0.18
-    judge_again(found)
-    assert len(problems_of(found)) == 4
-    assert "later 0.1800 ns" in problems_of(found)[0]
+    found["blocks"][0]["cold"]["jamba"]["first_token"] = engine(1.0, "noise")
+    assert problems_of(found) == ["tiny bf16, first token, jamba: noise"]
+    assert "| jamba bf16 | [0.75 s] |" in markdown(found)
 
 
-def test_limits_that_changed_during_the_run_are_a_problem():
+def test_the_limits_of_the_machine_are_told_as_they_were_before_and_after():
     found = result()
     found["peaks_after"] = {**found["peaks"], "read_bytes": 3e10}
-    (problem,) = calibration_problems(found["peaks"], found["peaks_after"])
-    assert "memory reads were at 4e+10 a second before the run and 3e+10 after" in problem
-    assert problem in problems_of(found)
+    assert "memory is read at 30 to 40 GB/s" in markdown(found)
+    assert "fp32 200, bf16 800, int8 1,600 G operations/s" in markdown(found)
 
 
 def test_an_engine_that_computes_something_else_is_named():
@@ -239,19 +249,22 @@ def test_an_engine_that_computes_something_else_is_named():
 
 def test_a_run_without_ours_has_no_ratios():
     found = result()
-    del found["blocks"][0]["speed"]["prefill 512"]["engines"]["jamba"]
-    assert "| bf16, prefill 512 | not run | 4,000 |  | transformers 100 (ours not run)" in markdown(
-        found
-    )
+    speed = found["blocks"][0]["speed"]["prefill 512"]
+    del speed["engines"]["jamba"]
+    speed["ratios"] = {}
+    speed["engines"]["transformers"]["problem"] = "noise"
+    text = markdown(found)
+    assert "| bf16, prefill 512 | not run |  | transformers [100] (ours not run)" in text
+    assert problems_of(found) == ["tiny bf16, prefill 512, transformers: noise"]
 
 
 def test_the_picture_has_a_bar_for_every_engine_and_is_written(tmp_path: Path):
     found = result()
-    bars = bars_of(found["blocks"])
-    assert [(name, speed) for _, name, speed, _ in bars] == [
+    assert [(name, speed) for _, name, speed in bars_of(found["blocks"])] == [
         ("jamba", 2000.0),
         ("transformers", 100.0),
         ("llama.cpp F16", 800),
+        ("roofline", 4000.0),
     ]
     assert labels_of(found["blocks"]) == ["bf16, prefill 512"]
     plot(found, tmp_path / "cpu.png")

@@ -26,8 +26,16 @@ def test_what_is_compared_takes_turns_and_the_warm_up_does_not_count():
     assert order == ["a", "b"] * 4
     assert found["a"].raw == (1.0,) * 3
     assert found["b"].raw == (2.0,) * 3
-    assert watch.reference is not None
     assert any("a: 1000 ms" in line for line in said), "the raw values are told"
+
+
+def test_it_ends_when_the_ratios_are_known_although_the_speeds_are_not():
+    speeds = iter([1.0, 1.0, 2.0, 2.0, 3.0, 3.0] * 40)
+    watch = Stopwatch(threads=1, log=lambda text: None)
+    actions = {"a": lambda: next(speeds), "b": lambda: 2 * next(speeds)}
+    found = watch.alternate(actions, Patience(4, 50, 60.0), warm_up=0)
+    assert len(found["a"].raw) == 4
+    assert found["a"].problem is not None
 
 
 def test_patience_ends():
