@@ -45,6 +45,15 @@ JAMBA_INLINE IntVec add_pairs(IntVec sum, ShortVec a, ShortVec b) {
 #endif
 }
 
+// The same, to no sums: one instruction less where adding takes a register of zeros.
+JAMBA_INLINE IntVec multiply_pairs(ShortVec a, ShortVec b) {
+#if defined(__AVX512BW__)
+  return (IntVec)_mm512_madd_epi16((__m512i)a, (__m512i)b);
+#else
+  return add_pairs(IntVec{}, a, b);
+#endif
+}
+
 JAMBA_INLINE Vec as_floats(IntVec v) { return __builtin_convertvector(v, Vec); }
 
 // `size` bytes at `p`, of which only `left` may be read; the rest are zero.
@@ -163,20 +172,26 @@ inline void int8_tile(const jamba_matrix &matrix, int64_t output, const Operand 
   }
 }
 
-// Lane by lane, the scale of the group that the byte in that lane belongs to; a step of 2 LANES
-// bytes holds two blocks of 32 inputs with AVX-512, one or a part of one elsewhere.
-JAMBA_INLINE Vec scales_of_step(const float *scales, int64_t step, int64_t group) {
-  const int64_t byte = step * 2 * LANES;
-  const int64_t first = nibble_input(byte) / group;
+// Which group the byte in each lane of a step belongs to, counted from the step's first one. A step
+// of 2 LANES bytes holds two blocks of 32 inputs with AVX-512, one or a part of one elsewhere.
+JAMBA_INLINE IntVec groups_of_lanes(int64_t group) {
+  IntVec lanes;
+  for (int l = 0; l < LANES; l++) lanes[l] = (int32_t)(nibble_input(2 * l) / group);
+  return lanes;
+}
+
+// The scales of a step's groups, lane by lane; `lanes` are groups counted from `scales` on.
+JAMBA_INLINE Vec scales_of_lanes(const float *scales, int64_t first, IntVec lanes) {
 #if defined(__AVX512F__)
-  const int64_t second = nibble_input(byte + 16) / group;
-  return _mm512_mask_mov_ps(set(scales[first]), 0xff00, set(scales[second]));
+  // A register holds sixteen of them, and picks by the low four bits of each lane.
+  return __builtin_shuffle(load(scales + first / LANES * LANES), lanes);
 #else
+  (void)lanes;
   return set(scales[first]);
 #endif
 }
 
-// Groups whose scales are made wide at a time.
+// Groups whose scales are made wide at a time: whole registers.
 constexpr int64_t WIDE_GROUPS = 64;
 
 template <int OUTPUTS, int ROWS>
@@ -184,53 +199,56 @@ inline void int4_tile(const jamba_matrix &matrix, int64_t output, const Operand 
                       const int64_t *rows, float (*sums)[ROWS]) {
   const int64_t bytes = matrix.I / 2, groups = operand.groups, group = matrix.group;
   const uint8_t *const weights = (const uint8_t *)matrix.values + output * bytes;
-  const uint16_t *scale = (const uint16_t *)matrix.scale + output * groups;
-  const uint16_t *minimum = (const uint16_t *)matrix.minimum + output * groups;
   Vec wide[OUTPUTS][ROWS] = {};
   float from_minima[OUTPUTS][ROWS] = {};
   const int16_t *x[ROWS];
   for (int m = 0; m < ROWS; m++) x[m] = operand.fixed + rows[m] * operand.padded;
   constexpr int64_t STEP = 2 * LANES;  // bytes
+  const int64_t whole = bytes / STEP * STEP;
+  const IntVec first_lanes = groups_of_lanes(group);
   for (int64_t first = 0; first < groups; first += WIDE_GROUPS) {
     const int64_t count = groups - first < WIDE_GROUPS ? groups - first : WIDE_GROUPS;
-    // One more than there are: a last step of half as many bytes asks for it, and meets zeros.
-    float scales[OUTPUTS][WIDE_GROUPS + 1] = {};
+    // A last step of half as many bytes asks for one group more than there are, and meets zeros.
+    float scales[OUTPUTS][WIDE_GROUPS];
     for (int o = 0; o < OUTPUTS; o++) {
-      float minima[WIDE_GROUPS] = {};
-      for (int64_t g = 0; g < count; g++) {
-        scales[o][g] = from_bfloat16(scale[o * groups + first + g]);
-        minima[g] = from_bfloat16(minimum[o * groups + first + g]);
+      const int64_t at = (output + o) * groups + first;
+      // Not beside the products below: their sums need the registers.
+      Vec minima[ROWS] = {};
+      for (int64_t g = 0; g < count; g += LANES) {
+        store(scales[o] + g, load_as<true>(matrix.scale, at + g, count - g));
+        const Vec minimum = load_as<true>(matrix.minimum, at + g, count - g);
+        for (int m = 0; m < ROWS; m++) {
+          const float *group_sums = operand.group_sums + rows[m] * groups + first;
+          minima[m] = fma(minimum, load_as<false>(group_sums, g, count - g), minima[m]);
+        }
       }
-      for (int m = 0; m < ROWS; m++) {
-        const float *group_sums = operand.group_sums + rows[m] * groups + first;
-        Vec sum = {};
-        int64_t g = 0;
-        for (; g + LANES <= count; g += LANES)
-          sum = fma(load(minima + g), load(group_sums + g), sum);
-        float rest = total(sum);
-        for (; g < count; g++) rest += minima[g] * group_sums[g];
-        from_minima[o][m] += rest;
-      }
+      for (int m = 0; m < ROWS; m++) from_minima[o][m] += total(minima[m]);
     }
-    const int64_t begin = first * group / 2;
-    const int64_t end = (first + count) * group / 2;
-    for (int64_t b = begin; b < end; b += STEP) {
+    const auto step = [&](int64_t b, IntVec lanes, auto load_weights) {
+      const int64_t step_group = nibble_input(b) / group - first;
 #pragma GCC unroll 4
       for (int o = 0; o < OUTPUTS; o++) {
-        const uint8_t *w = weights + o * bytes + b;
-        const UnsignedByteVec packed = bytes - b >= STEP
-                                           ? load_bytes<UnsignedByteVec>(w, STEP)
-                                           : load_bytes<UnsignedByteVec>(w, bytes - b);
-        const UnsignedShortVec both = __builtin_convertvector(packed, UnsignedShortVec);
+        const UnsignedShortVec both =
+            __builtin_convertvector(load_weights(weights + o * bytes + b), UnsignedShortVec);
         const ShortVec low = (ShortVec)(both & 15), high = (ShortVec)(both >> 4);
-        const Vec factor = scales_of_step(scales[o], (b - begin) / STEP, group);
+        const Vec factor = scales_of_lanes(scales[o], step_group, lanes);
 #pragma GCC unroll 4
         for (int m = 0; m < ROWS; m++) {
-          IntVec exact = add_pairs(IntVec{}, low, load_shorts(x[m] + 2 * b));
+          IntVec exact = multiply_pairs(low, load_shorts(x[m] + 2 * b));
           exact = add_pairs(exact, high, load_shorts(x[m] + 2 * b + STEP));
           wide[o][m] = fma(as_floats(exact), factor, wide[o][m]);
         }
       }
+    };
+    const int64_t end = (first + count) * group / 2;
+    const int32_t per_step = (int32_t)(2 * STEP / group);
+    IntVec lanes = first_lanes;
+    int64_t b = first * group / 2;
+    for (; b < (end < whole ? end : whole); b += STEP, lanes += per_step) {
+      step(b, lanes, [](const uint8_t *w) { return load_bytes<UnsignedByteVec>(w, STEP); });
+    }
+    if (b < end) {
+      step(b, lanes, [&](const uint8_t *w) { return load_bytes<UnsignedByteVec>(w, bytes - b); });
     }
   }
   for (int o = 0; o < OUTPUTS; o++) {

@@ -263,16 +263,18 @@ inline void cut_weights(const jamba_matrix &matrix, Words words, int64_t row, in
       return;
     }
     case JAMBA_INT4: {
-      const int64_t groups = matrix.I / matrix.group;
+      // Of 32 or of 64: a division would take longer than all the rest.
+      const int shift = matrix.group == 64 ? 6 : 5;
       for (int64_t j = 0; j < count; j += LANES) {
-        const int64_t input = i + j, group = row * groups + input / matrix.group;
+        const int64_t input = i + j, group = (at + j) >> shift;
         const Vec scale = set(from_bfloat16(((const uint16_t *)matrix.scale)[group]));
         const Vec minimum = set(from_bfloat16(((const uint16_t *)matrix.minimum)[group]));
+        const uint8_t *bytes =
+            (const uint8_t *)matrix.values + row * (matrix.I / 2) + nibble_byte(input);
         SomeUnsignedBytes both;
-        memcpy(&both, (const uint8_t *)matrix.values + row * (matrix.I / 2) + nibble_byte(input),
-               sizeof both);
-        const int shift = input % 32 < 16 ? 0 : 4;
-        const IntVec q = (__builtin_convertvector(both, IntVec) >> shift) & 15;
+        memcpy(&both, bytes, sizeof both);
+        const int half_byte = input % 32 < 16 ? 0 : 4;
+        const IntVec q = (__builtin_convertvector(both, IntVec) >> half_byte) & 15;
         store_any(line, half, j, LANES, fma(as_floats(q), scale, minimum));
       }
       return;
@@ -298,6 +300,47 @@ inline Ahead weights_ahead(const jamba_matrix &matrix, Words words, int64_t firs
           last - first, inputs * bits / 8};
 }
 
+#if defined(__AVX512BW__)
+// Groups whose scales are made wide at a time.
+constexpr int64_t TABLED_GROUPS = 64;
+
+// Inputs [begin, begin + 32 lines) of a row of INT4 as lines of PAIRS, TILE_WORDS apart. A group
+// has sixteen values: they are rounded once and looked up.
+inline void tile_nibbles(const jamba_matrix &matrix, int64_t row, int64_t begin, int64_t lines,
+                         uint32_t *line) {
+  constexpr Vec STEPS = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+  const int shift = matrix.group == 64 ? 1 : 0;
+  const uint8_t *const bytes =
+      (const uint8_t *)matrix.values + row * (matrix.I / 2) + nibble_byte(begin);
+  const int64_t first_block = begin / 32, groups = (matrix.I / 32) >> shift;
+  float scales[TABLED_GROUPS], minima[TABLED_GROUPS];
+  int64_t known = -1;
+  for (int64_t t = 0; t < lines; t++, line += TILE_WORDS) {
+    const int64_t group = (first_block + t) >> shift, some = group / TABLED_GROUPS;
+    if (some != known) {
+      for (int64_t g = 0; g < TABLED_GROUPS; g += LANES) {
+        const int64_t at = some * TABLED_GROUPS + g, left = groups - at < 0 ? 0 : groups - at;
+        store(scales + g, load_as<true>(matrix.scale, row * groups + at, left));
+        store(minima + g, load_as<true>(matrix.minimum, row * groups + at, left));
+      }
+      known = some;
+    }
+    const Vec scale = set(scales[group % TABLED_GROUPS]);
+    const Vec minimum = set(minima[group % TABLED_GROUPS]);
+    const HalfVec values =
+        __builtin_convertvector(bfloat16_bits(fma(STEPS, scale, minimum)) >> 16, HalfVec);
+    SomeUnsignedBytes both;
+    memcpy(&both, bytes + t * 16, sizeof both);
+    const SomeUnsignedBytes low = both & 15, high = both >> 4;
+    // Put together in registers: halves that are stored would be waited for when read as one.
+    const __m512i index = _mm512_cvtepu8_epi16(_mm256_set_m128i((__m128i)high, (__m128i)low));
+    const __m512i table = _mm512_castsi256_si512((__m256i)values);
+    const __m512i found = _mm512_permutexvar_epi16(index, table);
+    memcpy(line, &found, sizeof found);
+  }
+}
+#endif
+
 // Weights of outputs [first, last) and tiles [d, d + depth) along the inputs, as [output tile]
 // [depth][TILE_WORDS]; zero beyond the matrix.
 inline void tile_weights(const jamba_matrix &matrix, Words words, int64_t first, int64_t last,
@@ -316,6 +359,14 @@ inline void tile_weights(const jamba_matrix &matrix, Words words, int64_t first,
         for (int l = 0; l < TILE; l += LANES) store((float *)line + l, load(from + l));
       }
     }
+#if defined(__AVX512BW__)
+    if (row < last && matrix.kind == JAMBA_INT4 && words == Words::PAIRS) {
+      // A line is one block of 32 inputs, and rows are whole blocks.
+      tile_nibbles(matrix, row, begin, whole, line);
+      line += whole * TILE_WORDS;
+      t = whole;
+    }
+#endif
     for (; t < depth; t++, line += TILE_WORDS) {
       const int64_t i = begin + t * per_tile, left = row < last ? matrix.I - i : 0;
       if (left > 0) {
