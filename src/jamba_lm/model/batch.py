@@ -6,7 +6,7 @@ and packed training documents are all a `Batch`. It does not know what the token
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import MutableSequence, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Literal
@@ -37,7 +37,7 @@ class Batch:
     offsets: Tensor
     states: tuple[SequenceState, ...] | None
     backend: str | None
-    routing: list[Routing] | None
+    routing: MutableSequence[Routing] | None
 
     @classmethod
     def of(
@@ -45,7 +45,7 @@ class Batch:
         lengths: Sequence[int],
         states: Sequence[SequenceState] | None = None,
         backend: str | None = None,
-        routing: list[Routing] | None = None,
+        routing: MutableSequence[Routing] | None = None,
     ) -> Batch:
         """Build a batch of sequences with these lengths.
 
