@@ -121,8 +121,13 @@ def train(
 
 def _check(recipe: Recipe, backend: str | None, count: int) -> None:
     ops.require(backend)
-    layout = recipe.parallel
+    layout, workers = recipe.parallel, recipe.training.workers
     layout.validate(recipe.model, count)
+    if workers > 1 and count > 1:
+        raise RecipeError(
+            f"training.workers is {workers}, but workers share one process and {count} were "
+            "started: set it to 1 and start more processes"
+        )
     for axis in ("context", "tensor", "expert"):
         if getattr(layout, axis) > 1:
             raise RecipeError(

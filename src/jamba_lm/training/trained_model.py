@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from jamba_lm.errors import RecipeError
 from jamba_lm.model.decoder import Decoder
 from jamba_lm.model.initialization import initialize
 from jamba_lm.training.optimizer import MasterAdamW
@@ -56,7 +55,6 @@ def make_model(recipe: Recipe, together: Together) -> TrainedModel:
     """Make the model that training starts from.
 
     Raises:
-        RecipeError: the recipe asks for what processes that share a model cannot do.
         ProcessError: torch is too old for several processes.
     """
     with torch.device("meta"):
@@ -77,11 +75,6 @@ def _sharded_model(recipe: Recipe, together: Together, decoder: Decoder) -> Trai
     from jamba_lm.training.sharded_optimizer import ShardedAdamW
     from jamba_lm.training.sharding import ShardedDecoder
 
-    if recipe.training.workers > 1:
-        raise RecipeError(
-            f"training.workers is {recipe.training.workers}, but workers share one process and "
-            f"{together.processes.count} were started: set it to 1 and start more processes"
-        )
     sharded = ShardedDecoder(
         decoder, together.layout, together.device, DTYPES[recipe.training.dtype]
     )
