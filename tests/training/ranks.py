@@ -129,7 +129,7 @@ class RankServer:
         return json.loads(line)
 
 
-def wait_for(folder: Path, pattern: str, server: RankServer) -> None:
+def wait_for(folder: Path, pattern: str) -> None:
     """Wait until a checkpoint is there."""
     until = time.monotonic() + 240
     while not list(folder.glob(pattern)):

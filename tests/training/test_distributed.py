@@ -16,6 +16,7 @@ import torch
 from jamba_lm.cli.main import main
 from jamba_lm.tensor_file import TensorFile
 from jamba_lm.training.checkpointing import checkpoints, read_checkpoint
+from jamba_lm.training.parallel.layout import ParallelLayout
 from tests.tolerances import DISTRIBUTED
 from tests.training.ranks import Ended, RankServer, wait_for
 from tests.training.tiny_run import log_of, write_tiny_run
@@ -43,12 +44,11 @@ def changed(*changes: str) -> list[str]:
     return [part for change in changes for part in ("--set", change)]
 
 
-def on_mesh(replicate: int, shard: int, **more: Any) -> list[str]:
+def on_mesh(**axes: int) -> list[str]:
     """Return the changes that share the passes of a step out over so many processes."""
-    accumulate = PASSES // (replicate * shard)
-    mesh = {"training.accumulate": accumulate, "parallel.replicate": replicate}
-    mesh |= {"parallel.shard": shard, **more}
-    return changed(*(f"{key}={value}" for key, value in mesh.items()))
+    readers = axes.get("replicate", 1) * axes.get("shard", 1)
+    mesh = [f"parallel.{axis}={size}" for axis, size in axes.items()]
+    return changed(f"training.accumulate={PASSES // readers}", *mesh)
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +68,7 @@ def alone(recipe: Path, server: RankServer, tmp_path_factory: pytest.TempPathFac
     """The run of one process."""
     folder = tmp_path_factory.mktemp("runs") / "alone"
     arguments = ["train", str(recipe), "--out", str(folder), *changed(*CHANGES)]
-    assert main([*arguments, *on_mesh(1, 1)]) == 0
+    assert main([*arguments, *on_mesh()]) == 0
     return folder
 
 
@@ -76,7 +76,7 @@ def alone(recipe: Path, server: RankServer, tmp_path_factory: pytest.TempPathFac
 def two(recipe: Path, server: RankServer, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The run of two processes that hold a half of the weights each."""
     folder = tmp_path_factory.mktemp("runs") / "two"
-    ended = server.run(2, "train", recipe, "--out", folder, *changed(*CHANGES), *on_mesh(1, 2))
+    ended = server.run(2, "train", recipe, "--out", folder, *changed(*CHANGES), *on_mesh(shard=2))
     assert ended.statuses == [0, 0], ended.said
     return folder
 
@@ -156,7 +156,7 @@ def test_two_processes_train_what_one_does(alone, two):
 
 def test_only_the_first_process_speaks(recipe, server, tmp_path):
     ended = server.run(
-        2, "train", recipe, "--out", tmp_path / "run", "--json", *on_mesh(1, 2),
+        2, "train", recipe, "--out", tmp_path / "run", "--json", *on_mesh(shard=2),
         *changed("training.steps=4"),
     )  # fmt: skip
     assert ended.statuses == [0, 0]
@@ -167,24 +167,25 @@ def test_only_the_first_process_speaks(recipe, server, tmp_path):
 
 
 def resume(
-    server: RankServer, recipe: Path, run: Path, mesh: tuple[int, int], *changes: str
+    server: RankServer, recipe: Path, run: Path, mesh: dict[str, int], *changes: str
 ) -> Ended:
-    count = mesh[0] * mesh[1]
     return server.run(
-        count, "train", recipe, "--out", run, "--resume", *changed(*CHANGES, *changes),
-        *on_mesh(*mesh),
-    )  # fmt: skip
+        ParallelLayout(**mesh).world_size,
+        *("train", recipe, "--out", run, "--resume", *changed(*CHANGES, *changes)),
+        *on_mesh(**mesh),
+    )
 
 
 def test_a_run_goes_on_on_other_meshes(recipe, server, alone, tmp_path):
-    """From one process to two by two, to two, and back to one."""
+    """From one process to four that read, to four that read one batch, and back to one."""
     run = until(alone, 2, tmp_path / "run")
-    for mesh, steps in (((2, 2), 4), ((1, 2), 6)):
+    meshes = ({"replicate": 2, "shard": 2, "expert": 2}, {"context": 2, "tensor": 2})
+    for mesh, steps in zip(meshes, (4, 6), strict=True):
         ended = resume(server, recipe, run, mesh, f"training.steps={steps}")
         assert set(ended.statuses) == {0}, ended.said
         assert newest(run).is_dir()
     arguments = ["train", str(recipe), "--out", str(run), "--resume", *changed(*CHANGES)]
-    assert main([*arguments, *on_mesh(1, 1)]) == 0
+    assert main([*arguments, *on_mesh()]) == 0
     # Each part of the run ended with a validation, which a whole one has none of.
     ours, theirs = (
         [one for one in log_of(folder) if one["event"] in ("step", "watch")]
@@ -198,7 +199,7 @@ def test_saved_again_by_other_processes_it_holds_the_same_bits(
     recipe, server, alone, two, tmp_path
 ):
     """Nothing is left to train: what was read is written as it is."""
-    for original, mesh in ((alone, (2, 2)), (two, (1, 1))):
+    for original, mesh in ((alone, {"shard": 2, "tensor": 2}), (two, {})):
         run = until(original, 8, tmp_path / original.name)
         for path in checkpoints(run / "checkpoints")[:-1]:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
@@ -216,20 +217,21 @@ def test_a_model_is_exported_from_any_mesh(two, tmp_path, capsys):
     assert main(["train", "export", str(tmp_path), "--out", str(tmp_path / "none")]) == 2
 
 
-@pytest.mark.parametrize("rank", [0, 1])
-def test_killed_it_ends_at_once_and_goes_on(recipe, server, two, tmp_path, rank):
+def test_killed_it_ends_at_once_and_goes_on(recipe, server, two, tmp_path):
+    """First the process that only works, then the one that writes."""
     run = tmp_path / "run"
-    arguments = ["train", recipe, "--out", run, "--auto", *changed(*CHANGES), *on_mesh(1, 2)]
-    server.begin(2, *arguments)
-    wait_for(run, "checkpoints/step-000000002", server)
-    server.kill(rank)
-    at = time.monotonic()
-    ended = server.end()
-    assert time.monotonic() - at < 60
-    assert ended.statuses[rank] == -signal.SIGKILL
-    assert ended.statuses[1 - rank] == 2
-    assert "lost the others" in last_line(ended, 1 - rank)
-    assert "Traceback" not in ended.said[1 - rank]
+    arguments = ["train", recipe, "--out", run, "--auto", *changed(*CHANGES), *on_mesh(shard=2)]
+    for rank, step in ((1, 2), (0, 4)):
+        server.begin(2, *arguments)
+        wait_for(run, f"checkpoints/step-{step:09d}")
+        server.kill(rank)
+        at = time.monotonic()
+        ended = server.end()
+        assert time.monotonic() - at < 60
+        assert ended.statuses[rank] == -signal.SIGKILL
+        assert ended.statuses[1 - rank] == 2, ended.said
+        assert "lost the others" in last_line(ended, 1 - rank)
+        assert "Traceback" not in ended.said[1 - rank]
     ended = server.run(2, *arguments)
     assert ended.statuses == [0, 0], ended.said
     assert_same_training(run, two)
@@ -241,10 +243,10 @@ def test_asked_to_stop_all_save_together(recipe, server, two, tmp_path):
     run = tmp_path / "run"
     arguments = [
         "train", recipe, "--out", run, "--auto", *changed(*CHANGES, "checkpoint.every_steps=1"),
-        *on_mesh(1, 2),
+        *on_mesh(shard=2),
     ]  # fmt: skip
     server.begin(2, *arguments)
-    wait_for(run, "checkpoints/step-000000001", server)
+    wait_for(run, "checkpoints/step-000000001")
     for _ in range(2):
         server.kill(1, signal.SIGTERM)
         time.sleep(0.01)
@@ -260,7 +262,7 @@ def test_asked_to_stop_all_save_together(recipe, server, two, tmp_path):
 
 def test_a_full_disk_in_one_process_is_one_line_and_loses_nothing(recipe, server, two, tmp_path):
     run = until(two, 4, tmp_path / "run")
-    arguments = ["train", recipe, "--out", run, "--auto", *changed(*CHANGES), *on_mesh(1, 2)]
+    arguments = ["train", recipe, "--out", run, "--auto", *changed(*CHANGES), *on_mesh(shard=2)]
     ended = server.run(2, *arguments, largest_file={1: 20_000})
     assert ended.statuses == [2, 2], ended.said
     assert last_line(ended).startswith("error: process 1 of 2: cannot write")
@@ -308,6 +310,12 @@ def test_what_does_not_fit_is_refused_by_the_first_process(recipe, server, two, 
 
 
 def test_one_process_refuses_a_recipe_for_several(recipe, tmp_path, capsys):
-    arguments = ["train", str(recipe), "--out", str(tmp_path / "run"), *on_mesh(2, 2)]
+    arguments = [
+        "train",
+        str(recipe),
+        "--out",
+        str(tmp_path / "run"),
+        *on_mesh(replicate=2, shard=2),
+    ]
     assert main(arguments) == 2
     assert "= 4 processes and 1 were started" in capsys.readouterr().err

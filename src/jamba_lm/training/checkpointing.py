@@ -59,7 +59,7 @@ class SavedRun:
         data: fingerprint of the tokens it was reading.
         threads: CPU threads it computed with; another number sums in another order.
         tensors: the optimizer's, by name; mapped from the file, or what this process is to save.
-        places: where each tensor lies in the whole, when several processes save theirs.
+        places: of what each tensor is a part, and where in it, when several processes save theirs.
     """
 
     progress: Progress
@@ -67,7 +67,7 @@ class SavedRun:
     data: str
     threads: int
     tensors: Mapping[str, Tensor]
-    places: Mapping[str, Place] = field(default_factory=dict)
+    places: Mapping[str, tuple[str, Place]] = field(default_factory=dict)
 
     @property
     def name(self) -> str:

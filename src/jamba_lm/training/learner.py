@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import logging
 import math
-from collections import deque
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -21,13 +20,11 @@ from jamba_lm.corpus.mixture import MixedStream
 from jamba_lm.data import PackedBatch, PackedStream
 from jamba_lm.errors import DataError, RecipeError
 from jamba_lm.kernels import ops
-from jamba_lm.model.batch import Batch
 from jamba_lm.model.decoder import Decoder
 from jamba_lm.model.routing import Routing, balance_loss
 from jamba_lm.training.activation_loss import ActivationLoss
 from jamba_lm.training.balance import Selections, count_selections, share_of_balance_loss
 from jamba_lm.training.checkpointing import Progress, SavedRun
-from jamba_lm.training.loss import summed_losses
 from jamba_lm.training.optimizer import learning_rate_at, whole_norm
 from jamba_lm.training.recipe import Recipe
 from jamba_lm.training.recompute import recompute_layers
@@ -35,8 +32,8 @@ from jamba_lm.training.run_folder import machine_record
 from jamba_lm.training.run_text import RunText
 from jamba_lm.training.spikes import is_spike, remembered
 from jamba_lm.training.together import ALONE, Together
-from jamba_lm.training.trained_model import make_model
-from jamba_lm.training.validation import Validation, output_weight, validate
+from jamba_lm.training.trained_model import Rows, make_model
+from jamba_lm.training.validation import Validation, validate
 from jamba_lm.training.watching import (
     Maxima,
     all_largest,
@@ -260,29 +257,30 @@ class Learner:
         rows, as the recipe says. They are kept apart: peers that add them up before averaging
         scale one by the other's count.
         """
-        rows, targets, passes_of_step = self._together.add_up(
-            [
-                sum(len(packed.ids_M) for packed in batches),
-                sum(packed.num_targets for packed in batches),
-                len(batches),
-            ]
+        work = [self._model.rows_of(packed, self.backend) for packed in batches]
+        num_rows, num_targets = self._together.add_up(
+            [sum(len(rows.ids_M) for rows in work), sum(rows.num_targets for rows in work)]
         )
-        share = _Share(targets, rows, passes_of_step, self._selections(batches))
+        share = _Share(
+            num_targets,
+            num_rows,
+            len(batches) * self._together.readers,
+            self._selections(batches),
+        )
         size = len(self._workers.decoders)
         passes: list[_Pass] = []
-        for first in range(0, len(batches), size):
-            together = batches[first : first + size]
-            self._model.announce_pass(last=first + size >= len(batches))
-            work = list(zip(range(size), together, strict=False))
+        for first in range(0, len(work), size):
+            together = list(enumerate(work[first : first + size]))
+            self._model.announce_pass(last=first + size >= len(work))
             passes += self._workers.run(
-                lambda decoder, item: self._backward(decoder, item, share, watch), work
+                lambda decoder, item: self._backward(decoder, item, share, watch), together
             )
             self.optimizer.collect(len(together))
         losses = self._losses(passes)
         if not watch:
-            return Gradients(int(rows), losses, {}, {})
+            return Gradients(int(num_rows), losses, {}, {})
         return Gradients(
-            int(rows),
+            int(num_rows),
             losses,
             all_largest(largest([one.maxima for one in passes]), self._together),
             router_load(self.decoder, [one.loads for one in passes], self._together),
@@ -312,43 +310,33 @@ class Learner:
         return Selections(self._together.add_up_tensor(own.selections_X), int(rows))
 
     def _route(self, decoder: Decoder, packed: PackedBatch) -> Sequence[Routing]:
-        routing = deque[Routing]()
+        rows = self._model.rows_of(packed, self.backend)
         with torch.no_grad():
-            batch = Batch.of(packed.lengths, backend=self.backend, routing=routing)
-            decoder(packed.ids_M.to(self._together.device), batch, hidden=True)
-        return routing
+            decoder(rows.ids_M, rows.batch, hidden=True)
+        return rows.routing
 
     def _backward(
-        self, decoder: Decoder, item: tuple[int, PackedBatch], share: _Share, watch: bool
+        self, decoder: Decoder, item: tuple[int, Rows], share: _Share, watch: bool
     ) -> _Pass:
         """Leave a batch's gradient in `decoder`; return its shares of the losses."""
-        number, packed = item
-        # No list: FSDP looks for tensors in the lists that a layer is given, and hands on copies.
-        recipe, routing, maxima = self.recipe, deque[Routing](), Maxima()
-        device = self._together.device
+        number, rows = item
+        recipe, maxima = self.recipe, Maxima()
         activation = self._activation[number] if self._activation else None
-        rows_share = len(packed.ids_M) / share.num_rows
+        rows_share = len(rows.ids_M) / share.num_rows
         if activation is not None:
             activation.begin(rows_share)
-        batch = Batch.of(packed.lengths, backend=self.backend, routing=routing)
         with ExitStack() as stack:
             if watch:
                 maxima = stack.enter_context(watched(decoder))
-            hidden_MD = decoder(packed.ids_M.to(device), batch, hidden=True)
-        targets_M = packed.targets_M.to(device)
-        sums = summed_losses(hidden_MD, output_weight(decoder), targets_M, recipe.loss.z_coef)
+            hidden = decoder(rows.ids_M, rows.batch, hidden=True)
+        sums = self._model.losses(decoder, hidden, rows, recipe.loss.z_coef)
         total = sums.total / share.num_targets
-        losses = {"loss": sums.entropy.item() / share.num_targets}
-        taken = loads(routing) if watch else []
-        if routing:
-            if share.selections is not None:
-                balance = share_of_balance_loss(routing, share.selections)
-            else:
-                balance = balance_loss(routing) / share.num_passes
+        losses = {"loss": sums.entropy.item() / share.num_targets, "balance_loss": 0.0}
+        taken = loads(rows.routing) if watch else []
+        if rows.routing:
+            balance = self._balance(rows.routing, share)
             total = total + recipe.model.aux_loss_coef * balance
             losses["balance_loss"] = balance.item()
-        else:
-            losses["balance_loss"] = 0.0
         if recipe.loss.z_coef:
             losses["z_loss"] = sums.squares.item() / share.num_targets
         if activation is not None:
@@ -356,14 +344,35 @@ class Learner:
         total.backward()
         return _Pass(losses, maxima, taken)
 
+    def _balance(self, routing: Sequence[Routing], share: _Share) -> Tensor:
+        """Return what one pass, or this process' rows of it, adds to the balance loss."""
+        if share.selections is not None:
+            return share_of_balance_loss(routing, share.selections)
+        if self._together.layout.context == 1:
+            return balance_loss(routing) / share.num_passes
+        own = count_selections([routing])
+        *counts, rows = self._together.add_up_of_pass(
+            [*own.selections_X.tolist(), float(own.num_rows)]
+        )
+        selections_X = torch.tensor(counts, device=own.selections_X.device)
+        return share_of_balance_loss(routing, Selections(selections_X, int(rows))) / (
+            share.num_passes
+        )
+
+    @torch.no_grad()
+    def _predict(self, packed: PackedBatch) -> tuple[float, int]:
+        rows = self._model.rows_of(packed, self.backend)
+        hidden = self.decoder(rows.ids_M, rows.batch, hidden=True)
+        sums = self._model.losses(self.decoder, hidden, rows, 0.0)
+        return sums.entropy.item(), rows.num_targets
+
     def validate(self) -> Validation:
         """Read the held-out documents."""
         found = validate(
-            self.decoder,
             self._text.held_out,
+            self._predict,
             sequence_tokens=self.recipe.data.sequence_tokens,
             batch_tokens=self.recipe.training.batch_tokens,
-            backend=self.backend,
             together=self._together,
         )
         self._model.give_up_gathered()

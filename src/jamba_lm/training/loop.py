@@ -97,7 +97,7 @@ def train(
             one says how.
     """
     processes = processes or Processes()
-    processes.all_or_none(lambda: _check(recipe, backend, processes.count))
+    processes.all_or_none(lambda: _check(recipe, backend, processes))
     with ExitStack() as stack:
         lock = only_run_in(folder) if processes.leads else nullcontext()
         processes.all_or_none(lambda: stack.enter_context(lock))
@@ -119,21 +119,20 @@ def train(
         return _Run(recipe, folder, learner, processes, log, stop, told, peak_flops).go(changed)
 
 
-def _check(recipe: Recipe, backend: str | None, count: int) -> None:
+def _check(recipe: Recipe, backend: str | None, processes: Processes) -> None:
     ops.require(backend)
     layout, workers = recipe.parallel, recipe.training.workers
-    layout.validate(recipe.model, count)
-    if workers > 1 and count > 1:
+    layout.validate(recipe.model, processes.count)
+    if workers > 1 and processes.spread:
         raise RecipeError(
-            f"training.workers is {workers}, but workers share one process and {count} were "
-            "started: set it to 1 and start more processes"
+            f"training.workers is {workers}, but workers share the CPU threads of one process: "
+            "set it to 1, and start more processes"
         )
-    for axis in ("context", "tensor", "expert"):
-        if getattr(layout, axis) > 1:
-            raise RecipeError(
-                f"parallel.{axis} is {getattr(layout, axis)}, but this version shares out "
-                "documents and weights only: set it to 1, and raise replicate or shard"
-            )
+    if layout.sequence and recipe.loss.activation_coef:
+        raise RecipeError(
+            "loss.activation_coef and parallel.sequence are both given, but processes that share "
+            "rows see no whole layer output: leave one out"
+        )
 
 
 def _open_log(
@@ -307,9 +306,7 @@ class _Run:
 
 
 def _saver(folder: Path, keep: int, processes: Processes) -> SoloSaver | SharedSaver:
-    if processes.count == 1:
-        return SoloSaver(folder, keep)
-    return SharedSaver(folder, keep, processes)
+    return SharedSaver(folder, keep, processes) if processes.spread else SoloSaver(folder, keep)
 
 
 @contextmanager

@@ -277,7 +277,7 @@ class MasterAdamW:
             for one in self._slices
         }
 
-    def places(self) -> dict[str, Place]:
+    def places(self) -> dict[str, tuple[str, Place]]:
         """Return nothing: every tensor is whole."""
         return {}
 

@@ -44,6 +44,20 @@ class Place:
             for whole, at, size in zip(self.shape, self.offset, self.size, strict=True)
         )
 
+    def divided(self, axis: int, count: int, number: int) -> Place:
+        """Return one of `count` parts along an axis: equal ones, but for the last that has any.
+
+        >>> [Place.whole([5]).divided(0, 3, number).size for number in range(3)]
+        [(2,), (2,), (1,)]
+        """
+        length = self.size[axis]
+        share = -(-length // count)
+        first = min(share * number, length)
+        offset, size = list(self.offset), list(self.size)
+        offset[axis] += first
+        size[axis] = min(share, length - first)
+        return Place(self.shape, tuple(offset), tuple(size))
+
     def cut_from(self, whole: Tensor) -> Tensor:
         """Return the view of a whole tensor that is this box."""
         return whole[tuple(slice(at, at + n) for at, n in zip(self.offset, self.size, strict=True))]

@@ -49,6 +49,11 @@ class Processes:
         """Whether this is the process that writes the log and speaks to the console."""
         return self.rank == 0
 
+    @property
+    def spread(self) -> bool:
+        """Whether a model is trained by torch.distributed's means: by several, or on a GPU."""
+        return self.count > 1 or self.device.type != "cpu"
+
     def gather(self, numbers: Sequence[float]) -> list[list[float]]:
         """Return the numbers that every process gave, in the order of their ranks.
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -39,14 +40,22 @@ def write_part(
     number: int,
     count: int,
     tensors: Mapping[str, Tensor],
-    places: Mapping[str, Place],
+    places: Mapping[str, tuple[str, Place]],
 ) -> None:
     """Write what one process holds.
+
+    Args:
+        folder: of the checkpoint.
+        number: of the process.
+        count: of processes.
+        tensors: by names of its own, in which no two boxes of one tensor are alike.
+        places: for each of them, of which tensor it is a box, and where.
 
     Raises:
         InputError: the operating system refused.
     """
-    where = {name: [places[name].shape, places[name].offset] for name in tensors}
+    where = {name: [whole, place.shape, place.offset] for name, (whole, place) in places.items()}
+    where = {name: where[name] for name in tensors}
     metadata = {"format": FORMAT, "places": json.dumps(where)}
     write_tensors(folder / part_name(number, count), tensors, metadata)
 
@@ -107,6 +116,15 @@ def read_index(folder: Path) -> tuple[dict[str, Any], StoredTensors]:
     return metadata, StoredTensors(files)
 
 
+@dataclass(frozen=True, slots=True)
+class _Box:
+    """Where a box lies, and what it is called in which file."""
+
+    place: Place
+    file: TensorFile
+    key: str
+
+
 class StoredTensors(Mapping[str, Tensor]):
     """The tensors of a checkpoint in parts, put together from their boxes when they are asked for.
 
@@ -121,11 +139,11 @@ class StoredTensors(Mapping[str, Tensor]):
             CheckpointError: they do not, or lie outside.
         """
         self.shapes: dict[str, tuple[int, ...]] = {}
-        self._boxes: dict[str, list[tuple[Place, TensorFile]]] = {}
+        self._boxes: dict[str, list[_Box]] = {}
         for file in files:
             self._take_in(file)
         for name, shape in self.shapes.items():
-            found = sum(place.num_values for place, _ in self._boxes[name])
+            found = sum(box.place.num_values for box in self._boxes[name])
             wanted = Place.whole(shape).num_values
             if found != wanted:
                 raise CheckpointError(
@@ -136,15 +154,15 @@ class StoredTensors(Mapping[str, Tensor]):
     def _take_in(self, file: TensorFile) -> None:
         what = f"places in the metadata of {str(file.path)!r}"
         where = parse_json(file.metadata.get("places", "").encode(), what, CheckpointError)
-        for name in file.names:
-            shape, offset = _two(where.get(name), name, what)
-            place = Place(_shape(name, shape), _shape(name, offset), file.shape(name))
-            if place.shape != self.shapes.setdefault(name, place.shape) or not place.fits:
+        for key in file.names:
+            whole, shape, offset = _where(where.get(key), key, what)
+            place = Place(_shape(key, shape), _shape(key, offset), file.shape(key))
+            if place.shape != self.shapes.setdefault(whole, place.shape) or not place.fits:
                 raise CheckpointError(
-                    f"{str(file.path)!r} holds a part of {name!r} that does not lie in it: is it "
+                    f"{str(file.path)!r} holds a part of {whole!r} that does not lie in it: is it "
                     "of this checkpoint?"
                 )
-            self._boxes.setdefault(name, []).append((place, file))
+            self._boxes.setdefault(whole, []).append(_Box(place, file, key))
 
     def __getitem__(self, name: str) -> Tensor:
         return self.part(name, Place.whole(self.shapes[name]))
@@ -157,7 +175,8 @@ class StoredTensors(Mapping[str, Tensor]):
 
     def dtype(self, name: str) -> torch.dtype:
         """Return the type of a tensor without reading it."""
-        return self._boxes[name][0][1].dtype(name)
+        box = self._boxes[name][0]
+        return box.file.dtype(box.key)
 
     def part(self, name: str, wanted: Place) -> Tensor:
         """Return one box of a tensor.
@@ -165,18 +184,15 @@ class StoredTensors(Mapping[str, Tensor]):
         Raises:
             CheckpointError: boxes overlap, so that some of it is missing.
         """
-        boxes = [
-            (place, file, meeting)
-            for place, file in self._boxes[name]
-            if (meeting := place.overlap(wanted)) is not None
-        ]
-        for place, file, _ in boxes:
-            if place == wanted:
-                return file.tensor(name)
-        values = torch.empty(wanted.size, dtype=self.dtype(name))
-        filled = 0
-        for _, file, (theirs, ours) in boxes:
-            piece = file.tensor(name)[theirs]
+        values, filled = torch.empty(wanted.size, dtype=self.dtype(name)), 0
+        for box in self._boxes[name]:
+            meeting = box.place.overlap(wanted)
+            if meeting is None:
+                continue
+            theirs, ours = meeting
+            piece = box.file.tensor(box.key)[theirs]
+            if box.place == wanted:
+                return piece
             values[ours] = piece
             filled += piece.numel()
         if filled != wanted.num_values:
@@ -205,10 +221,10 @@ def dtype_of(tensors: Mapping[str, Tensor], name: str) -> torch.dtype:
     return tensors.dtype(name) if isinstance(tensors, StoredTensors) else tensors[name].dtype
 
 
-def _two(value: Any, name: str, what: str) -> tuple[Any, Any]:
-    if isinstance(value, list) and len(value) == 2:
-        return value[0], value[1]
-    raise CheckpointError(f"{what} do not say where {name!r} lies")
+def _where(value: Any, key: str, what: str) -> tuple[str, Any, Any]:
+    if isinstance(value, list) and len(value) == 3 and isinstance(value[0], str):
+        return value[0], value[1], value[2]
+    raise CheckpointError(f"{what} do not say where {key!r} lies")
 
 
 def _shape(name: str, value: Any) -> tuple[int, ...]:

@@ -6,7 +6,7 @@ Knows parameters by name and where they lie, and neither data nor losses.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor
@@ -18,7 +18,7 @@ from jamba_lm.training.places import Place
 from jamba_lm.training.processes import Processes
 from jamba_lm.training.recipe import OptimizerSection
 from jamba_lm.training.sharded_files import part_of
-from jamba_lm.training.sharding import ShardedDecoder, flat
+from jamba_lm.training.sharding import ShardedDecoder, ShardedParameter, flat
 
 
 class ShardedAdamW:
@@ -60,19 +60,19 @@ class ShardedAdamW:
 
     @torch.no_grad()
     def gradient_norms(self) -> dict[str, float]:
-        """Return the norm of the gradient of each parameter, by its name.
+        """Return the norm of the gradient of each parameter of the whole model, by its name.
 
         To be called once, after the last pass of a step, by all processes.
         """
         self._add_up_own()
-        squares = torch.zeros(len(self._parameters), dtype=torch.float64)
-        for number, one in enumerate(self._parameters):
+        squares = dict.fromkeys(self._sharded.shapes, 0.0)
+        for one in self._parameters:
             gradient = one.gradient()
             if gradient is not None and gradient.numel():
-                norm = torch.linalg.vector_norm(gradient).double().item()
-                squares[number] = norm * norm / one.copies
-        found = self._processes.add_up(squares).sqrt().tolist()
-        return {one.name: norm for one, norm in zip(self._parameters, found, strict=True)}
+                norm = torch.linalg.vector_norm(gradient).item()
+                squares[one.whole] += norm * norm / one.copies
+        found = self._processes.add_up(torch.tensor(list(squares.values()), dtype=torch.float64))
+        return dict(zip(squares, found.sqrt().tolist(), strict=True))
 
     def _add_up_own(self) -> None:
         own = [one for one in self._parameters if not one.summed]
@@ -81,8 +81,8 @@ class ShardedAdamW:
         for one in own:
             if one.parameter.grad is None:
                 one.parameter.grad = torch.zeros_like(one.parameter)
-        gradients = [one.parameter.grad for one in own if one.parameter.grad is not None]
-        together = self._processes.add_up(flat(gradients))
+        gradients = [gradient for one in own if (gradient := one.gradient()) is not None]
+        together = self._sharded.add_up_over_rows(flat(gradients))
         for gradient, values in zip(
             gradients, together.split([one.numel() for one in gradients]), strict=True
         ):
@@ -134,26 +134,27 @@ class ShardedAdamW:
         self.forget()
         return norm
 
-    def _held(self) -> dict[str, tuple[Place, Tensor, bool]]:
-        """Return all that must be kept to go on, by `part.parameter`, as far as it is here."""
-        found = {}
+    def _held(self) -> Iterator[tuple[str, ShardedParameter, Tensor]]:
+        """Yield all that must be kept to go on, as far as it is here, and what it is called."""
         for number, one in enumerate(self._parameters):
             values = (one.local(), self._first[number], self._second[number])
             for part, tensor in zip(PARTS, values, strict=True):
-                found[f"{part}.{one.name}"] = (one.place, tensor, one.owned)
-        return found
+                yield part, one, tensor
 
     def tensors(self) -> dict[str, Tensor]:
         """Return what this process is to save, by `part.parameter`: views."""
         return {
-            name: tensor
-            for name, (_, tensor, owned) in self._held().items()
-            if owned and tensor.numel()
+            f"{part}.{one.name}": tensor
+            for part, one, tensor in self._held()
+            if one.owned and tensor.numel()
         }
 
-    def places(self) -> dict[str, Place]:
-        """Return where everything that is here lies in the whole."""
-        return {name: place for name, (place, _, _) in self._held().items()}
+    def places(self) -> dict[str, tuple[str, Place]]:
+        """Return of what each of `tensors` is a part, and where in it."""
+        return {
+            f"{part}.{one.name}": (f"{part}.{one.whole}", one.place)
+            for part, one, tensor in self._held()
+        }
 
     @torch.no_grad()
     def restore(self, tensors: Mapping[str, Tensor], steps_done: int) -> None:
@@ -162,10 +163,10 @@ class ShardedAdamW:
         Raises:
             CheckpointError: a tensor is missing, left over, of another shape or not float32.
         """
-        held = self._held()
-        check_fit({name: place.shape for name, (place, _, _) in held.items()}, tensors)
-        for name, (place, tensor, _) in held.items():
-            tensor.copy_(part_of(tensors, name, place))
+        wanted = self._sharded.shapes.items()
+        check_fit({f"{part}.{name}": shape for part in PARTS for name, shape in wanted}, tensors)
+        for part, one, tensor in self._held():
+            tensor.copy_(part_of(tensors, f"{part}.{one.whole}", one.place))
         self._steps_done = steps_done
         self.forget()
         self._sharded.give_up_gathered()

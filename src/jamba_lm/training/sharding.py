@@ -5,23 +5,23 @@ Knows modules and meshes, and nothing of optimizers, data and files.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from jamba_lm.errors import ProcessError
 from jamba_lm.model.decoder import Decoder
 from jamba_lm.model.initialization import initial_value
 from jamba_lm.model.mamba import KEPT_WIDE
 from jamba_lm.model.moe import MoE
+from jamba_lm.training.parallel.decoder import Parallelized, parallelize
 from jamba_lm.training.parallel.layout import ParallelLayout
 from jamba_lm.training.places import Place
 
@@ -31,7 +31,8 @@ class ShardedParameter:
     """A parameter as it lies in one process.
 
     Attributes:
-        name: in the decoder.
+        name: in the decoder as it is here.
+        whole: name of what it is a part of, in the decoder of one process.
         parameter: what the decoder holds between passes: float32, and the master weights.
         place: which part of the whole is here.
         copies: how many processes hold this very part.
@@ -40,6 +41,7 @@ class ShardedParameter:
     """
 
     name: str
+    whole: str
     parameter: nn.Parameter
     place: Place
     copies: int
@@ -63,12 +65,15 @@ class ShardedDecoder:
     """A decoder whose parameters are float32 shards, and are rounded and put together to compute.
 
     Every layer is gathered when it is needed and given up behind it. A_log and D are computed with
-    in float32, so they are not rounded with the others: every process keeps them whole, a few
-    thousandths of the model.
+    in float32, so they are not rounded with the others: every process keeps its channels of them
+    whole, a few thousandths of the model.
 
     Attributes:
         decoder: computes as before, as long as all processes call it equally often.
-        parameters: of this process, by name and in the decoder's order.
+        parallel: how rows, matrices and experts are shared out; None when nothing but documents
+            and weights is.
+        parameters: of this process.
+        shapes: of all parameters of the whole model, by name and in the decoder's order.
     """
 
     def __init__(
@@ -91,42 +96,73 @@ class ShardedDecoder:
                 f"{torch.__version__}: install a newer one, or train in one process"
             )
         self.decoder = decoder
-        self._layout = layout
-        self._mesh = layout.mesh(device.type)
-        touch_idle_experts(decoder)
-        kept = {
-            parameter
-            for name, parameter in decoder.named_parameters()
-            if name.rpartition(".")[2] in KEPT_WIDE
-        }
-        shard = _sharder(_data_mesh(self._mesh, layout), dtype, kept)
-        for block in decoder.blocks:
-            shard(block, True)
-        # The loss reads the output weights behind the model's own forward pass.
-        shard(decoder, False)
-        self._roots = [one for one in decoder.modules() if isinstance(one, FSDPModule)]
-        for module in self._roots:
-            module.set_gradient_divide_factor(1.0)
-            module.set_force_sum_reduction_for_comms(True)
+        self.shapes = {name: tuple(one.shape) for name, one in decoder.named_parameters()}
+        self._layout, self._mesh = layout, layout.mesh(device.type)
+        self._here = layout.coordinates(self._mesh.get_rank())
+        self.parallel: Parallelized | None = None
+        if max(layout.context, layout.tensor, layout.expert) > 1:
+            self.parallel = parallelize(decoder, layout, self._mesh)
+        else:
+            touch_idle_experts(decoder)
+        self._shard_modules(dtype)
         decoder.to_empty(device=device)
         self.parameters = [self._describe(*one) for one in decoder.named_parameters()]
 
+    def _shard_modules(self, dtype: torch.dtype) -> None:
+        """Apply FSDP2, to experts that other processes share than share the rest first."""
+        kept = {
+            parameter
+            for name, parameter in self.decoder.named_parameters()
+            if name.rpartition(".")[2] in KEPT_WIDE
+        }
+        layout, parallel = self._layout, self.parallel
+        if parallel is not None and parallel.expert_mesh is not None:
+            axes = _with_copies("expert_shard", layout)
+            shard = _sharder(parallel.expert_mesh[axes], dtype, kept)
+            for experts in parallel.experts():
+                shard(experts, True)
+        rows = "shard"
+        if layout.context > 1:
+            rows = "rows"
+            self._mesh["shard", "context"]._flatten(rows)
+        shard = _sharder(self._mesh[_with_copies(rows, layout)], dtype, kept)
+        for block in self.decoder.blocks:
+            shard(block, True)
+        # The loss reads the output weights behind the model's own forward pass.
+        shard(self.decoder, False)
+        self._sharded = [one for one in self.decoder.modules() if isinstance(one, FSDPModule)]
+        for module in self._sharded:
+            module.set_gradient_divide_factor(1.0)
+            module.set_force_sum_reduction_for_comms(True)
+
     def _describe(self, name: str, parameter: nn.Parameter) -> ShardedParameter:
-        if isinstance(parameter, DTensor):
-            mesh, placements = parameter.device_mesh, parameter.placements
-            _, offset = compute_local_shape_and_global_offset(parameter.shape, mesh, placements)
-            place = Place(tuple(parameter.shape), tuple(offset), tuple(parameter.to_local().shape))
-            here = cast(list[int], mesh.get_coordinate())
-            parts = math.prod(
-                mesh.size(axis) for axis, one in enumerate(placements) if one.is_shard()
-            )
-            owned = all(one.is_shard() or at == 0 for one, at in zip(placements, here, strict=True))
-            return ShardedParameter(
-                name, parameter, place, self._layout.world_size // parts, owned, True
-            )
-        place = Place.whole(tuple(parameter.shape))
-        owned = self._mesh.get_rank() == 0
-        return ShardedParameter(name, parameter, place, self._layout.world_size, owned, False)
+        layout, here, parallel = self._layout, self._here, self.parallel
+        placement = None if parallel is None else parallel.placements[name]
+        whole = name if placement is None else placement.whole
+        place = Place.whole(self.shapes[whole])
+        cut_by_tensor = placement is not None and placement.axis is not None
+        if placement is not None and placement.half is not None:
+            place = place.divided(0, 2, placement.half)
+        if placement is not None and placement.axis is not None:
+            place = place.divided(placement.axis, layout.tensor, here["tensor"])
+        parts = layout.tensor if cut_by_tensor else 1
+        first = cut_by_tensor or here["tensor"] == 0
+        summed = name.rpartition(".")[2] not in KEPT_WIDE
+        if not summed:
+            first = first and here["replicate"] == here["shard"] == here["context"] == 0
+        else:
+            rank = here["shard"] * layout.context + here["context"]
+            count = layout.shard * layout.context
+            parts *= count
+            if placement is not None and placement.expert and layout.expert > 1:
+                rank, count = rank // layout.expert, layout.expert_shard
+            place = place.divided(0, count, rank)
+            first = first and here["replicate"] == 0
+        one = ShardedParameter(
+            name, whole, parameter, place, layout.world_size // parts, first, summed
+        )
+        assert tuple(one.local().shape) == place.size, f"{name} {one.local().shape} {place}"
+        return one
 
     @torch.no_grad()
     def fill(self, value: Callable[[str, tuple[int, ...]], Tensor]) -> None:
@@ -136,7 +172,7 @@ class ShardedDecoder:
             value: returns the values of the whole parameter of this name and shape.
         """
         for one in self.parameters:
-            one.local().copy_(one.place.cut_from(value(one.name, one.place.shape)))
+            one.local().copy_(one.place.cut_from(value(one.whole, one.place.shape)))
 
     def initialize(self, seed: int) -> None:
         """Give every parameter the value that it would have in one process."""
@@ -150,15 +186,22 @@ class ShardedDecoder:
         """
         cast(FSDPModule, self.decoder).set_requires_gradient_sync(wanted)
 
+    def add_up_over_rows(self, numbers: Tensor) -> Tensor:
+        """Add a tensor up in place over all processes that work on other rows."""
+        if self.parallel is not None:
+            return self.parallel.sum_over_rows(numbers)
+        dist.all_reduce(numbers)
+        return numbers
+
     def give_up_gathered(self) -> None:
         """Free what a pass without a backward pass has left gathered, as weights may change."""
-        for module in self._roots:
+        for module in self._sharded:
             module.reshard()
 
 
-def _data_mesh(mesh: DeviceMesh, layout: ParallelLayout) -> DeviceMesh:
-    """Return the mesh over which FSDP copies (if at all) and cuts."""
-    return mesh["replicate", "shard"] if layout.replicate > 1 else mesh["shard"]
+def _with_copies(axis: str, layout: ParallelLayout) -> str | tuple[str, str]:
+    """Return the axes over which FSDP copies (if at all) and cuts."""
+    return ("replicate", axis) if layout.replicate > 1 else axis
 
 
 def _sharder(

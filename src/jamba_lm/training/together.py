@@ -18,7 +18,8 @@ from jamba_lm.training.processes import Processes
 class Together:
     """Which documents a process reads, and sums and maxima over all processes.
 
-    Processes that work on the same rows (parallel.tensor) find the same; of them one counts.
+    Processes that work on the same rows (parallel.tensor) find the same; of them one counts. Those
+    that share the rows of a batch (parallel.context) read the same batches, and count their rows.
 
     Attributes:
         processes: of the run.
@@ -33,8 +34,13 @@ class Together:
         self.layout = layout
         self.reader = layout.reader(processes.rank)
         self.readers = layout.num_readers
-        self._counting = [
-            rank for rank in range(layout.world_size) if layout.coordinates(rank)["tensor"] == 0
+        places = [layout.coordinates(rank) for rank in range(layout.world_size)]
+        self._counting = [rank for rank, one in enumerate(places) if one["tensor"] == 0]
+        here = places[processes.rank]
+        self._same_pass = [
+            rank
+            for rank in self._counting
+            if all(places[rank][axis] == here[axis] for axis in ("replicate", "shard"))
         ]
 
     @property
@@ -55,6 +61,17 @@ class Together:
         """Return the sum of whole numbers, float32 of any shape, over all processes."""
         summed = self.add_up(counts.flatten().tolist())
         return torch.tensor(summed, dtype=counts.dtype, device=counts.device).view_as(counts)
+
+    def add_up_of_pass(self, numbers: Sequence[float]) -> list[float]:
+        """Return the sums over those processes that share the rows of one batch.
+
+        All processes call it, as often as each other.
+        """
+        if self.layout.context == 1:
+            return list(numbers)
+        found = self.processes.gather(numbers)
+        columns = zip(*(found[rank] for rank in self._same_pass), strict=True)
+        return [math.fsum(column) for column in columns]
 
     def largest(self, numbers: Sequence[float]) -> list[float]:
         """Return the largest of the numbers that any process found."""

@@ -6,17 +6,18 @@ Knows no optimizer and no recipe.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 
 import torch
 
 from jamba_lm.data import PackedBatch, TokenizedDocuments, validation_batches
-from jamba_lm.model.batch import Batch
 from jamba_lm.model.decoder import Decoder
-from jamba_lm.training.loss import summed_cross_entropy
 from jamba_lm.training.together import ALONE, Together
+
+Predict = Callable[[PackedBatch], tuple[float, int]]
+"""Reads a batch; returns the summed cross entropy of this process' rows, and how many they are."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,27 +40,31 @@ class Validation:
 
 @torch.no_grad()
 def validate(
-    decoder: Decoder,
     documents: TokenizedDocuments,
+    predict: Predict,
     *,
     sequence_tokens: int,
     batch_tokens: int,
-    backend: str | None = None,
     together: Together = ALONE,
 ) -> Validation:
-    """Read every document in pieces of `sequence_tokens` and measure how surprising it was."""
+    """Read every document in pieces of `sequence_tokens` and measure how surprising it was.
+
+    Args:
+        documents: to read.
+        predict: the model.
+        sequence_tokens: of the longest piece.
+        batch_tokens: of a pass, at most.
+        together: the processes that read, each with a call of its own.
+    """
     nats, num_tokens = 0.0, 0
     batches = validation_batches(
         documents, sequence_tokens=sequence_tokens, batch_tokens=batch_tokens
     )
     for packed, counts in _shares(batches, together.reader, together.readers):
-        batch = Batch.of(packed.lengths, backend=backend)
-        hidden_MD = decoder(packed.ids_M.to(together.device), batch, hidden=True)
-        targets_M = packed.targets_M.to(together.device)
-        found = summed_cross_entropy(hidden_MD, output_weight(decoder), targets_M).item()
+        found, predicted = predict(packed)
         if counts:
             nats += found
-            num_tokens += packed.num_targets
+            num_tokens += predicted
     nats, tokens = together.add_up([nats, num_tokens])
     num_bytes = int(documents.num_bytes.sum())
     return Validation(nats / tokens, nats / math.log(2) / num_bytes, int(tokens), num_bytes)
