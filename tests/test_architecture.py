@@ -40,6 +40,7 @@ LAYERS = [
     {"training"},
     {"studies"},
     {"cli"},
+    {"__main__"},
 ]
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 

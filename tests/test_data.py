@@ -14,6 +14,7 @@ from jamba_lm.data import (
     IGNORED,
     PackedBatch,
     PackedStream,
+    Position,
     TokenizedDocuments,
     read_documents,
     validation_batches,
@@ -46,6 +47,29 @@ def pieces_of(batch: PackedBatch) -> list[list[int]]:
 
 
 many_lengths = st.lists(st.integers(1, 40), min_size=1, max_size=12)
+
+
+@given(many_lengths, st.integers(2, 20), st.integers(1, 4), st.integers(1, 4))
+def test_several_readers_read_what_one_would(lengths, sequence_tokens, readers, more_readers):
+    """And others, another number of them, go on where they stopped."""
+    documents = documents_of(lengths)
+
+    def stream(reader: int, readers: int, position: Position | None = None) -> PackedStream:
+        return PackedStream(
+            documents, sequence_tokens=sequence_tokens, batch_tokens=sequence_tokens + 3, seed=0,
+            position=position, reader=reader, readers=readers,
+        )  # fmt: skip
+
+    alone = stream(0, 1)
+    expected = [pieces_of(alone.next()) for _ in range(2 * readers + 2 * more_readers)]
+    found, position = [], None
+    for count in (readers, more_readers):
+        streams = [stream(reader, count, position) for reader in range(count)]
+        found += [pieces_of(one.next()) for _ in range(2) for one in streams]
+        position = streams[0].position
+        assert all(one.position == position for one in streams)
+    assert found == expected
+    assert position == alone.position
 
 
 @given(many_lengths, st.integers(2, 20), st.integers(0, 30), st.integers(0, 5))

@@ -19,6 +19,15 @@ ANY_SPLIT = {
     "bf16": 3e-2,
 }
 
+# Training in several processes against one: relative differences.
+DISTRIBUTED = {
+    # Gradients of the passes of a step are added in another order (6e-8 each); a few steps on, the
+    # weights differ by the sum of that.
+    "loss": 1e-5,
+    # AdamW divides by the root of the second moment, which magnifies what is near zero.
+    "weight": 1e-5,
+}
+
 # Probabilities of the next token against transformers' processors: both compute in float32.
 SAMPLING = 1e-5
 

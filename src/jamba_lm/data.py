@@ -199,6 +199,9 @@ class PackedStream:
     Each piece is a sequence of its own to the model: it starts with the beginning token, from an
     empty state, just as a prompt does. Everything follows from the seed and the epoch, so
     `position` is all that has to be remembered.
+
+    There is one sequence of batches, whoever reads it: of several readers each takes every n-th
+    and skips the others, so a run may go on with any number of them.
     """
 
     def __init__(
@@ -209,6 +212,8 @@ class PackedStream:
         batch_tokens: int,
         seed: int,
         position: Position | None = None,
+        reader: int = 0,
+        readers: int = 1,
     ) -> None:
         """Start reading at `position`.
 
@@ -217,10 +222,15 @@ class PackedStream:
             sequence_tokens: tokens of the longest piece, with its beginning token; at least 2.
             batch_tokens: tokens of every batch; at least `sequence_tokens`.
             seed: of the cuts and the order.
-            position: where to go on; None starts from the beginning.
+            position: where to go on, before the first reader's next batch; None starts from the
+                beginning.
+            reader: which of the readers this is.
+            readers: how many share the batches.
         """
         assert 2 <= sequence_tokens <= batch_tokens
+        assert 0 <= reader < readers
         self._documents = documents
+        self._reader, self._readers = reader, readers
         self._sequence_tokens = sequence_tokens
         self._batch_tokens = batch_tokens
         self._seed = seed
@@ -233,8 +243,18 @@ class PackedStream:
         draw.shuffle(self._pieces)
 
     def next(self) -> PackedBatch:
-        """Return the next batch and move past it."""
-        pieces: list[np.ndarray[tuple[int], np.dtype[np.int32]]] = []
+        """Return this reader's next batch and move past those of all readers."""
+        for _ in range(self._reader):
+            self._move()
+        spans = self._move()
+        for _ in range(self._readers - self._reader - 1):
+            self._move()
+        pieces = [self._documents.ids[start:end] for start, end in spans]
+        return pack(pieces, self._documents.bos_id)
+
+    def _move(self) -> list[tuple[int, int]]:
+        """Move past a batch and return which tokens it is made of."""
+        spans: list[tuple[int, int]] = []
         room, at = self._batch_tokens, self.position
         while room:
             if at.piece == len(self._pieces):
@@ -243,14 +263,14 @@ class PackedStream:
             start, end = self._pieces[at.piece].tolist()
             start += at.token
             taken = min(end - start, room - 1)
-            pieces.append(self._documents.ids[start : start + taken])
+            spans.append((start, start + taken))
             room -= 1 + taken
             if start + taken == end:
                 at = Position(at.epoch, at.piece + 1)
             else:
                 at = Position(at.epoch, at.piece, at.token + taken)
         self.position = at
-        return pack(pieces, self._documents.bos_id)
+        return spans
 
 
 def validation_batches(

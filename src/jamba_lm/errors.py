@@ -44,3 +44,7 @@ class BackendUnavailable(JambaError):
 
 class CapacityError(JambaError):
     """The work does not fit into the memory or the limits it was given."""
+
+
+class ProcessError(JambaError):
+    """Processes that work together cannot start as they are, or lost one of them."""

@@ -32,6 +32,7 @@ OPTIONS = {
     "jamba train": 0,
     "jamba train run": 7,
     "jamba train plot": 2,
+    "jamba train export": 2,
     "jamba data": 0,
     "jamba data prepare": 3,
     # --verify reads every byte of a corpus, which may be hundreds of gigabytes.

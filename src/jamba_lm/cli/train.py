@@ -6,13 +6,19 @@ from collections.abc import Mapping
 from contextlib import ExitStack
 from functools import cache
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from typer.core import TyperGroup
 
 from jamba_lm.cli.options import BackendOption, JsonOption, ThreadsOption, use_threads
 from jamba_lm.errors import InputError
+
+if TYPE_CHECKING:
+    from jamba_lm.cli.output import Output, Progress
+    from jamba_lm.training.loop import Outcome, Resume
+    from jamba_lm.training.processes import Processes
+    from jamba_lm.training.recipe import Recipe
 
 RUN = "run"
 
@@ -27,7 +33,10 @@ class _RunUnlessNamed(TyperGroup):
         return super().parse_args(ctx, args)
 
 
-HELP = "Train a model as RECIPE says (`jamba train RECIPE --out DIR`), or draw the curves of runs."
+HELP = (
+    "Train a model as RECIPE says (`jamba train RECIPE --out DIR`), write out its weights, or draw "
+    "the curves of runs."
+)
 app = typer.Typer(
     cls=_RunUnlessNamed,
     help=HELP,
@@ -73,32 +82,77 @@ def train(
 ) -> None:
     """Train a model as RECIPE says.
 
+    Started by torchrun, all its processes train one model as [parallel] in RECIPE says.
+
     DIR gets the resolved recipe, a log, checkpoints, and at the end the folder model/, which
     `jamba generate DIR/model` reads. Ctrl-C saves and ends; a killed run loses what came after its
     last checkpoint, and resumed it ends with the same bits.
     """
-    from jamba_lm.cli.output import Output, Progress
-    from jamba_lm.training.recipe_file import load_recipe
-
     if resume and auto:
         raise InputError("--resume and --auto were both given: --auto resumes by itself")
-    resolved = load_recipe(recipe, changes or [])
     use_threads(threads)
-    from jamba_lm.analysis.machine_speed import product_speed
-    from jamba_lm.training.learner import DTYPES
-    from jamba_lm.training.loop import Resume
-    from jamba_lm.training.loop import train as carry_out
+    from jamba_lm.cli.output import Output
     from jamba_lm.training.pages import keep_freed_pages
+    from jamba_lm.training.processes import FailedElsewhereError, joined
+    from jamba_lm.training.recipe_file import load_recipe
 
     keep_freed_pages()
     output = Output(json_wanted)
     mode: Resume = "always" if resume else "auto" if auto else "never"
+    try:
+        with joined() as processes:
+            resolved = processes.all_or_none(lambda: load_recipe(recipe, changes or []))
+            outcome = _carry_out(resolved, out, mode, backend, output, processes)
+    except FailedElsewhereError as error:
+        # The first process has said why.
+        raise typer.Exit(2) from error
+    if not processes.leads:
+        return
+    progress, validation = outcome.progress, outcome.validation
+    if outcome.finished and validation is not None:
+        output.line(
+            f"trained {progress.steps_done:,} steps on {progress.tokens_seen:,} tokens: "
+            f"{validation.bits_per_byte:.4f} bits per byte; the model is in {outcome.model_folder}"
+        )
+    else:
+        output.line(
+            f"stopped and saved after step {progress.steps_done:,}; go on with "
+            f"`jamba train {recipe} --out {out} --resume`"
+        )
+    output.result(
+        {
+            "finished": outcome.finished,
+            "steps": progress.steps_done,
+            "tokens": progress.tokens_seen,
+            "loss": None if validation is None else validation.loss,
+            "bits_per_byte": None if validation is None else validation.bits_per_byte,
+            "model": None if outcome.model_folder is None else str(outcome.model_folder),
+        }
+    )
+
+
+def _carry_out(
+    recipe: Recipe,
+    out: Path,
+    mode: Resume,
+    backend: str | None,
+    output: Output,
+    processes: Processes,
+) -> Outcome:
+    """Train, and show how far it has come."""
+    from jamba_lm.analysis.machine_speed import product_speed
+    from jamba_lm.training.loop import train as carry_out
+    from jamba_lm.training.trained_model import DTYPES
+
+    peak = None
+    if processes.leads and processes.device.type == "cpu":
+        peak = product_speed(DTYPES[recipe.training.dtype])
     with ExitStack() as stack:
 
         @cache
         def line(first: int) -> Progress:
             label = f"training from step {first:,}" if first else "training"
-            total = resolved.training.steps - first
+            total = recipe.training.steps - first
             return stack.enter_context(output.progress(label, total, "steps"))
 
         first, rate = None, 0.0
@@ -125,35 +179,41 @@ def train(
                     f"balance {record['balance_loss']:.3f}",
                 )
 
-        outcome = carry_out(
-            resolved,
+        return carry_out(
+            recipe,
             out,
             resume=mode,
             backend=backend,
             report=report,
-            peak_flops=product_speed(DTYPES[resolved.training.dtype]),
+            peak_flops=peak,
+            processes=processes,
         )
-    progress, validation = outcome.progress, outcome.validation
-    if outcome.finished and validation is not None:
-        output.line(
-            f"trained {progress.steps_done:,} steps on {progress.tokens_seen:,} tokens: "
-            f"{validation.bits_per_byte:.4f} bits per byte; the model is in {outcome.model_folder}"
-        )
-    else:
-        output.line(
-            f"stopped and saved after step {progress.steps_done:,}; go on with "
-            f"`jamba train {recipe} --out {out} --resume`"
-        )
-    output.result(
-        {
-            "finished": outcome.finished,
-            "steps": progress.steps_done,
-            "tokens": progress.tokens_seen,
-            "loss": None if validation is None else validation.loss,
-            "bits_per_byte": None if validation is None else validation.bits_per_byte,
-            "model": None if outcome.model_folder is None else str(outcome.model_folder),
-        }
-    )
+
+
+@app.command()
+def export(
+    run: Annotated[
+        Path,
+        typer.Argument(metavar="RUN", help="Folder of a run.", show_default=False),
+    ],
+    out: Annotated[
+        Path,
+        typer.Option(metavar="DIR", help="Folder of the model to write.", show_default=False),
+    ],
+    json_wanted: JsonOption = False,
+) -> None:
+    """Write the weights of a run's newest checkpoint as a Hugging Face folder.
+
+    One process does it, a tensor at a time, whichever number of processes saved the checkpoint.
+    """
+    from jamba_lm.cli.output import Output
+    from jamba_lm.training.export import export_newest
+    from jamba_lm.training.recipe_file import load_recipe
+
+    output = Output(json_wanted)
+    step = export_newest(load_recipe(run / "recipe.toml"), run, out)
+    output.line(f"the model after step {step:,} is in {out}")
+    output.result({"model": str(out), "step": step})
 
 
 @app.command()

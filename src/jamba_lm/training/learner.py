@@ -20,34 +20,32 @@ from jamba_lm.corpus.mixture import MixedStream
 from jamba_lm.data import PackedBatch, PackedStream
 from jamba_lm.errors import DataError, RecipeError
 from jamba_lm.kernels import ops
-from jamba_lm.model.batch import Batch
 from jamba_lm.model.decoder import Decoder
-from jamba_lm.model.initialization import initialize
 from jamba_lm.model.routing import Routing, balance_loss
 from jamba_lm.training.activation_loss import ActivationLoss
 from jamba_lm.training.balance import Selections, count_selections, share_of_balance_loss
 from jamba_lm.training.checkpointing import Progress, SavedRun
-from jamba_lm.training.loss import summed_losses
-from jamba_lm.training.optimizer import MasterAdamW, learning_rate_at, whole_norm
+from jamba_lm.training.optimizer import learning_rate_at, whole_norm
 from jamba_lm.training.recipe import Recipe
 from jamba_lm.training.recompute import recompute_layers
 from jamba_lm.training.run_folder import machine_record
 from jamba_lm.training.run_text import RunText
 from jamba_lm.training.spikes import is_spike, remembered
-from jamba_lm.training.validation import Validation, output_weight, validate
+from jamba_lm.training.together import ALONE, Together
+from jamba_lm.training.trained_model import Rows, make_model
+from jamba_lm.training.validation import Validation, validate
 from jamba_lm.training.watching import (
     Maxima,
+    all_largest,
     by_layer,
     largest,
     loads,
     router_load,
     watched,
 )
-from jamba_lm.training.workers import Workers
 
 logger = logging.getLogger(__name__)
 
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 KERNELS = ("causal_conv", "selective_scan", "attention")
 
 
@@ -66,11 +64,13 @@ class Gradients:
     """What the passes of a step found, beside the gradient.
 
     Attributes:
+        num_rows: tokens that were read, in all processes.
         losses: by name, each without its coefficient, means over the step.
         maxima: see `watching.watched`; empty when nobody watched.
         load: see `watching.router_load`; likewise.
     """
 
+    num_rows: int
     losses: dict[str, float]
     maxima: Maxima
     load: dict[str, list[float]]
@@ -80,9 +80,9 @@ class Gradients:
 class _Share:
     """What a pass must know of the step that it is a part of."""
 
-    num_targets: int
-    num_rows: int
-    num_passes: int
+    num_targets: float
+    num_rows: float
+    num_passes: float
     selections: Selections | None
 
 
@@ -96,13 +96,16 @@ class _Pass:
 class Learner:
     """A model, its optimizer and its data: what one step of training needs and changes."""
 
-    def __init__(self, recipe: Recipe, backend: str | None, cache: Path) -> None:
+    def __init__(
+        self, recipe: Recipe, backend: str | None, cache: Path, together: Together = ALONE
+    ) -> None:
         """Read the data and make the model that training starts from.
 
         Args:
             recipe: what to do.
             backend: kernel back-end by name, or None.
             cache: folder to keep tokenized text in.
+            together: the processes that share the work.
 
         Raises:
             RecipeError: the tokenizer has more tokens than the model.
@@ -111,16 +114,14 @@ class Learner:
         self.recipe = recipe
         self.backend = backend
         self.progress = Progress()
-        self._text = RunText(recipe, cache)
+        self._together = together
+        # The first process tokenizes, the others then find what it has kept.
+        self._text = together.processes.leader_first(lambda: RunText(recipe, cache))
         self._stream = self._open_stream()
 
-        with torch.device("meta"):
-            self.decoder = Decoder(recipe.model)
-        initialize(self.decoder, recipe.training.seed)
-        self.optimizer = MasterAdamW(self.decoder, recipe.optimizer)
-        self.decoder.to(DTYPES[recipe.training.dtype])
-        self._workers = Workers(self.decoder, recipe.training.workers)
-        self.optimizer.share_out(self._workers.decoders[1:], self._workers.spread)
+        self._model = make_model(recipe, together)
+        self.decoder, self.optimizer = self._model.decoder, self._model.optimizer
+        self._workers = self._model.workers
         self._activation: list[ActivationLoss] = []
         for decoder in self._workers.decoders:
             if recipe.loss.activation_coef:
@@ -129,7 +130,9 @@ class Learner:
                 recompute_layers(decoder)
 
     def _open_stream(self) -> PackedStream | MixedStream:
-        return self._text.open_stream(self.progress.position)
+        return self._text.open_stream(
+            self.progress.position, self._together.reader, self._together.readers
+        )
 
     def record(self) -> dict[str, Any]:
         """Describe what is computed, on what, with which data."""
@@ -139,6 +142,7 @@ class Learner:
             "dtype": self.recipe.training.dtype,
             "seed": self.recipe.training.seed,
             "parameters": sum(p.numel() for p in self.decoder.parameters()),
+            "processes": self._together.processes.count,
             **self._text.record(),
         }
 
@@ -179,6 +183,7 @@ class Learner:
             data=self._text.fingerprint,
             threads=torch.get_num_threads(),
             tensors=self.optimizer.tensors(),
+            places=self.optimizer.places(),
         )
 
     def step(self, *, watch: bool = False) -> list[dict[str, Any]]:
@@ -217,7 +222,7 @@ class Learner:
             self.optimizer.step(rate, norm)
         self.progress = Progress(
             steps_done=self.progress.steps_done + 1,
-            tokens_seen=self.progress.tokens_seen + sum(len(one.ids_M) for one in batches),
+            tokens_seen=self.progress.tokens_seen + done.num_rows,
             position=self._stream.position,
             recent_losses=recent if spike else remembered(loss, recent),
         )
@@ -252,77 +257,86 @@ class Learner:
         rows, as the recipe says. They are kept apart: peers that add them up before averaging
         scale one by the other's count.
         """
+        work = [self._model.rows_of(packed, self.backend) for packed in batches]
+        num_rows, num_targets = self._together.add_up(
+            [sum(len(rows.ids_M) for rows in work), sum(rows.num_targets for rows in work)]
+        )
         share = _Share(
-            sum(packed.num_targets for packed in batches),
-            sum(len(packed.ids_M) for packed in batches),
-            len(batches),
+            num_targets,
+            num_rows,
+            len(batches) * self._together.readers,
             self._selections(batches),
         )
         size = len(self._workers.decoders)
         passes: list[_Pass] = []
-        for first in range(0, len(batches), size):
-            together = batches[first : first + size]
-            work = list(zip(range(size), together, strict=False))
+        for first in range(0, len(work), size):
+            together = list(enumerate(work[first : first + size]))
+            self._model.announce_pass(last=first + size >= len(work))
             passes += self._workers.run(
-                lambda decoder, item: self._backward(decoder, item, share, watch), work
+                lambda decoder, item: self._backward(decoder, item, share, watch), together
             )
             self.optimizer.collect(len(together))
-        losses = {name: math.fsum(one.losses[name] for one in passes) for name in passes[0].losses}
+        losses = self._losses(passes)
         if not watch:
-            return Gradients(losses, {}, {})
+            return Gradients(int(num_rows), losses, {}, {})
         return Gradients(
+            int(num_rows),
             losses,
-            largest([one.maxima for one in passes]),
-            router_load(self.decoder, [one.loads for one in passes]),
+            all_largest(largest([one.maxima for one in passes]), self._together),
+            router_load(self.decoder, [one.loads for one in passes], self._together),
         )
+
+    def _losses(self, passes: Sequence[_Pass]) -> dict[str, float]:
+        """Add up the shares of all passes in all processes."""
+        names = list(passes[0].losses)
+        # Each pass apart, so that the sum does not depend on who took which.
+        found = self._together.collected([one.losses[name] for one in passes for name in names])
+        shares = [value for one in found for value in one]
+        return {name: math.fsum(shares[number :: len(names)]) for number, name in enumerate(names)}
 
     def _selections(self, batches: Sequence[PackedBatch]) -> Selections | None:
         """Count how often experts are taken in the whole step, when that is to be balanced."""
-        if self.recipe.loss.balance_over == "pass" or len(batches) == 1:
+        alone = len(batches) == self._together.readers == 1
+        if self.recipe.loss.balance_over == "pass" or alone:
             return None
         size = len(self._workers.decoders)
-        routings: list[list[Routing]] = []
+        routings: list[Sequence[Routing]] = []
         for first in range(0, len(batches), size):
             routings += self._workers.run(self._route, batches[first : first + size])
-        return count_selections(routings) if routings[0] else None
+        if not routings[0]:
+            return None
+        own = count_selections(routings)
+        (rows,) = self._together.add_up([own.num_rows])
+        return Selections(self._together.add_up_tensor(own.selections_X), int(rows))
 
-    def _route(self, decoder: Decoder, packed: PackedBatch) -> list[Routing]:
-        routing: list[Routing] = []
+    def _route(self, decoder: Decoder, packed: PackedBatch) -> Sequence[Routing]:
+        rows = self._model.rows_of(packed, self.backend)
         with torch.no_grad():
-            batch = Batch.of(packed.lengths, backend=self.backend, routing=routing)
-            decoder(packed.ids_M, batch, hidden=True)
-        return routing
+            decoder(rows.ids_M, rows.batch, hidden=True)
+        return rows.routing
 
     def _backward(
-        self, decoder: Decoder, item: tuple[int, PackedBatch], share: _Share, watch: bool
+        self, decoder: Decoder, item: tuple[int, Rows], share: _Share, watch: bool
     ) -> _Pass:
         """Leave a batch's gradient in `decoder`; return its shares of the losses."""
-        number, packed = item
-        recipe, routing, maxima = self.recipe, list[Routing](), Maxima()
+        number, rows = item
+        recipe, maxima = self.recipe, Maxima()
         activation = self._activation[number] if self._activation else None
-        rows_share = len(packed.ids_M) / share.num_rows
+        rows_share = len(rows.ids_M) / share.num_rows
         if activation is not None:
             activation.begin(rows_share)
-        batch = Batch.of(packed.lengths, backend=self.backend, routing=routing)
         with ExitStack() as stack:
             if watch:
                 maxima = stack.enter_context(watched(decoder))
-            hidden_MD = decoder(packed.ids_M, batch, hidden=True)
-        sums = summed_losses(
-            hidden_MD, output_weight(decoder), packed.targets_M, recipe.loss.z_coef
-        )
+            hidden = decoder(rows.ids_M, rows.batch, hidden=True)
+        sums = self._model.losses(decoder, hidden, rows, recipe.loss.z_coef)
         total = sums.total / share.num_targets
-        losses = {"loss": sums.entropy.item() / share.num_targets}
-        taken = loads(routing) if watch else []
-        if routing:
-            if share.selections is not None:
-                balance = share_of_balance_loss(routing, share.selections)
-            else:
-                balance = balance_loss(routing) / share.num_passes
+        losses = {"loss": sums.entropy.item() / share.num_targets, "balance_loss": 0.0}
+        taken = loads(rows.routing) if watch else []
+        if rows.routing:
+            balance = self._balance(rows.routing, share)
             total = total + recipe.model.aux_loss_coef * balance
             losses["balance_loss"] = balance.item()
-        else:
-            losses["balance_loss"] = 0.0
         if recipe.loss.z_coef:
             losses["z_loss"] = sums.squares.item() / share.num_targets
         if activation is not None:
@@ -330,12 +344,36 @@ class Learner:
         total.backward()
         return _Pass(losses, maxima, taken)
 
+    def _balance(self, routing: Sequence[Routing], share: _Share) -> Tensor:
+        """Return what one pass, or this process' rows of it, adds to the balance loss."""
+        if share.selections is not None:
+            return share_of_balance_loss(routing, share.selections)
+        if self._together.layout.context == 1:
+            return balance_loss(routing) / share.num_passes
+        own = count_selections([routing])
+        *counts, rows = self._together.add_up_of_pass(
+            [*own.selections_X.tolist(), float(own.num_rows)]
+        )
+        selections_X = torch.tensor(counts, device=own.selections_X.device)
+        return share_of_balance_loss(routing, Selections(selections_X, int(rows))) / (
+            share.num_passes
+        )
+
+    @torch.no_grad()
+    def _predict(self, packed: PackedBatch) -> tuple[float, int]:
+        rows = self._model.rows_of(packed, self.backend)
+        hidden = self.decoder(rows.ids_M, rows.batch, hidden=True)
+        sums = self._model.losses(self.decoder, hidden, rows, 0.0)
+        return sums.entropy.item(), rows.num_targets
+
     def validate(self) -> Validation:
         """Read the held-out documents."""
-        return validate(
-            self.decoder,
+        found = validate(
             self._text.held_out,
+            self._predict,
             sequence_tokens=self.recipe.data.sequence_tokens,
             batch_tokens=self.recipe.training.batch_tokens,
-            backend=self.backend,
+            together=self._together,
         )
+        self._model.give_up_gathered()
+        return found

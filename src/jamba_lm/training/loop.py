@@ -8,35 +8,30 @@ saved. A process killed at any moment and resumed therefore ends with the same b
 
 from __future__ import annotations
 
-import shutil
 import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import FrameType
 from typing import Any, Literal
 
-from jamba_lm.checkpoint.huggingface import write_decoder
 from jamba_lm.errors import InputError, RecipeError
 from jamba_lm.files import make_folder, write_atomic
 from jamba_lm.kernels import ops
-from jamba_lm.training.checkpointing import (
-    Progress,
-    SavedRun,
-    checkpoints,
-    read_checkpoint,
-    write_checkpoint,
-)
-from jamba_lm.training.learner import DTYPES, Learner, plain_sections
+from jamba_lm.training.checkpointing import Progress, SavedRun, checkpoints, read_checkpoint
+from jamba_lm.training.export import export_newest, export_weights
+from jamba_lm.training.learner import Learner, plain_sections
 from jamba_lm.training.optimizer import MasterAdamW
+from jamba_lm.training.processes import Processes
 from jamba_lm.training.recipe import Recipe
 from jamba_lm.training.recipe_record import check_continuation, to_toml
 from jamba_lm.training.run_folder import RunLog, only_run_in, write_record
-from jamba_lm.training.run_text import tokenizer_folder
+from jamba_lm.training.saving import SharedSaver, SoloSaver
 from jamba_lm.training.tensorboard_log import TensorBoardLog
+from jamba_lm.training.together import Together
 from jamba_lm.training.utilization import training_flops
 from jamba_lm.training.validation import Validation
 
@@ -72,6 +67,7 @@ def train(
     backend: str | None = None,
     report: Report = lambda record: None,
     peak_flops: float | None = None,
+    processes: Processes | None = None,
 ) -> Outcome:
     """Carry out `recipe` in `folder`, from the start or from the newest checkpoint there.
 
@@ -87,33 +83,68 @@ def train(
         report: told of every record of the log.
         peak_flops: of this machine's matrix products, a second; steps are then logged with the
             share of it that the model's own products come to.
+        processes: those that carry it out together, each with a call of its own; None is this
+            process alone.
 
     Raises:
         InputError: the folder is in use, holds a run or holds none (see `resume`), or cannot be
             written to; the newest checkpoint is whole in any case.
-        RecipeError: the recipe does not fit its tokenizer or the run to resume, or training
-            diverged.
+        RecipeError: the recipe does not fit its tokenizer, the run to resume or the number of
+            processes, or training diverged.
         DataError: text is missing or unusable, or is not what the run to resume was reading.
         CheckpointError: the newest checkpoint is damaged.
+        FailedElsewhereError: it went wrong in another process, or in all of them, and the first
+            one says how.
     """
-    ops.require(backend)
-    with only_run_in(folder):
-        saved = _find_run(folder, resume)
-        changed = check_continuation(saved.recipe, plain_sections(recipe)) if saved else []
-        learner = Learner(recipe, backend, folder)
+    processes = processes or Processes()
+    processes.all_or_none(lambda: _check(recipe, backend, processes))
+    with ExitStack() as stack:
+        lock = only_run_in(folder) if processes.leads else nullcontext()
+        processes.all_or_none(lambda: stack.enter_context(lock))
+        saved = processes.all_or_none(lambda: _find_run(folder, resume))
+        changed = processes.all_or_none(
+            lambda: check_continuation(saved.recipe, plain_sections(recipe)) if saved else []
+        )
+        learner = Learner(recipe, backend, folder, Together(processes, recipe.parallel))
         if saved:
-            learner.restore(saved)
-        make_folder(folder / "checkpoints")
-        write_atomic(folder / "recipe.toml", lambda file: _write(file, to_toml(recipe)))
-        write_record(folder, learner.record())
-        with ExitStack() as stack:
-            log = stack.enter_context(RunLog(folder, learner.progress.log_bytes))
-            stop = stack.enter_context(_stop_signals())
+            processes.all_or_none(lambda: learner.restore(saved))
+        log = processes.all_or_none(lambda: _open_log(stack, recipe, folder, learner, processes))
+        told: list[Report] = []
+        if log is not None:
             told = [log.write, report]
             if recipe.watch.tensorboard:
                 board = TensorBoardLog(folder, learner.progress.steps_done)
                 told.append(stack.enter_context(board).write)
-            return _Run(recipe, folder, learner, log, stop, told, peak_flops).go(changed)
+        stop = stack.enter_context(_stop_signals(once=processes.count == 1))
+        return _Run(recipe, folder, learner, processes, log, stop, told, peak_flops).go(changed)
+
+
+def _check(recipe: Recipe, backend: str | None, processes: Processes) -> None:
+    ops.require(backend)
+    layout, workers = recipe.parallel, recipe.training.workers
+    layout.validate(recipe.model, processes.count)
+    if workers > 1 and processes.spread:
+        raise RecipeError(
+            f"training.workers is {workers}, but workers share the CPU threads of one process: "
+            "set it to 1, and start more processes"
+        )
+    if layout.sequence and recipe.loss.activation_coef:
+        raise RecipeError(
+            "loss.activation_coef and parallel.sequence are both given, but processes that share "
+            "rows see no whole layer output: leave one out"
+        )
+
+
+def _open_log(
+    stack: ExitStack, recipe: Recipe, folder: Path, learner: Learner, processes: Processes
+) -> RunLog | None:
+    """Write down what is run, and open its log; both in the first process only."""
+    if not processes.leads:
+        return None
+    make_folder(folder / "checkpoints")
+    write_atomic(folder / "recipe.toml", lambda file: _write(file, to_toml(recipe)))
+    write_record(folder, learner.record())
+    return stack.enter_context(RunLog(folder, learner.progress.log_bytes))
 
 
 def _write(file: Any, text: str) -> None:
@@ -140,7 +171,8 @@ class _Run:
         recipe: Recipe,
         folder: Path,
         learner: Learner,
-        log: RunLog,
+        processes: Processes,
+        log: RunLog | None,
         stop: threading.Event,
         told: Sequence[Report],
         peak_flops: float | None,
@@ -148,10 +180,12 @@ class _Run:
         self._recipe = recipe
         self._folder = folder
         self._learner = learner
+        self._processes = processes
         self._log = log
         self._stop = stop
         self._told = told
-        self._peak = peak_flops
+        self._peak = None if peak_flops is None else peak_flops * processes.count
+        self._saver = _saver(folder / "checkpoints", recipe.checkpoint.keep, processes)
         self._rolled_back, self._rolled_back_to = 0, Path()
         self._saved_step = -1
         self._saved_at = time.monotonic()
@@ -163,7 +197,7 @@ class _Run:
             self._note({"event": "changed", "step": learner.progress.steps_done, "keys": changed})
         if self._recipe.watch.spike == "rolled back" and not self._has_checkpoint():
             self._save()
-        while learner.progress.steps_done < steps and not self._stop.is_set():
+        while learner.progress.steps_done < steps and not self._asked_to_stop():
             if self._step().get("spike") == "rolled back":
                 self._roll_back()
                 continue
@@ -173,6 +207,7 @@ class _Run:
             self._save_if_due()
         if self._saved_step != learner.progress.steps_done:
             self._save()
+        self._saver.settle()
         finished = learner.progress.steps_done == steps
         if finished and self._last is None:
             self._last = learner.validate()
@@ -182,6 +217,13 @@ class _Run:
             validation=self._last,
             model_folder=self._export() if finished else None,
         )
+
+    def _asked_to_stop(self) -> bool:
+        """Say whether any process was asked to stop; on the way, let a saved checkpoint appear."""
+        found = self._processes.gather([self._stop.is_set(), self._saver.written])
+        if self._saver.pending and all(written for _, written in found):
+            self._saver.settle()
+        return any(stop for stop, _ in found)
 
     def _step(self) -> Mapping[str, Any]:
         """Take a step, log it, and return its record."""
@@ -209,6 +251,7 @@ class _Run:
         Raises:
             RecipeError: it did not help before.
         """
+        self._saver.settle()
         newest = checkpoints(self._folder / "checkpoints")[-1]
         self._rolled_back = self._rolled_back + 1 if newest == self._rolled_back_to else 1
         self._rolled_back_to = newest
@@ -239,41 +282,49 @@ class _Run:
 
     def _save_if_due(self) -> None:
         rules, step = self._recipe.checkpoint, self._learner.progress.steps_done
-        by_steps = rules.every_steps and step % rules.every_steps == 0
-        waited = time.monotonic() - self._saved_at
-        if by_steps or (rules.every_seconds and waited >= rules.every_seconds):
+        due = bool(rules.every_steps) and step % rules.every_steps == 0
+        if not due and rules.every_seconds:
+            # The first process has the clock.
+            waited = time.monotonic() - self._saved_at
+            due = bool(self._processes.gather([waited >= rules.every_seconds])[0][0])
+        if due:
             self._save()
 
     def _save(self) -> None:
-        saved = self._learner.save(self._log.sync())
-        keep = self._recipe.checkpoint.keep
-        write_checkpoint(self._folder / "checkpoints", saved, keep=keep)
+        saved = self._learner.save(0 if self._log is None else self._log.sync())
+        self._saver.save(saved)
         self._saved_step, self._saved_at = saved.progress.steps_done, time.monotonic()
 
     def _export(self) -> Path:
         folder = self._folder / "model"
-        export(self._recipe, self._learner.optimizer, folder)
+        optimizer = self._learner.optimizer
+        if isinstance(optimizer, MasterAdamW):
+            export_weights(self._recipe, optimizer.masters(), folder)
+        elif self._processes.leads:
+            export_newest(self._recipe, self._folder, folder)
         return folder
 
 
-def export(recipe: Recipe, optimizer: MasterAdamW, folder: Path) -> None:
-    """Write the model in the recipe's type as a Hugging Face folder, with its tokenizer."""
-    dtype = DTYPES[recipe.training.dtype]
-    write_decoder(folder, recipe.model, optimizer.masters(), dtype=dtype, overwrite=True)
-    for path in sorted(tokenizer_folder(recipe).iterdir()):
-        if path.name.startswith("tokenizer") or path.name == "generation_config.json":
-            shutil.copyfile(path, folder / path.name)
+def _saver(folder: Path, keep: int, processes: Processes) -> SoloSaver | SharedSaver:
+    return SharedSaver(folder, keep, processes) if processes.spread else SoloSaver(folder, keep)
 
 
 @contextmanager
-def _stop_signals() -> Iterator[threading.Event]:
-    """Turn the first SIGINT or SIGTERM into an event; the second one acts as it always does."""
+def _stop_signals(*, once: bool) -> Iterator[threading.Event]:
+    """Turn SIGINT and SIGTERM into an event.
+
+    Args:
+        once: the second one acts as it always does. Processes of several hear of the same wish
+            more than once, from the terminal and from torchrun, which ends them by other means
+            when they take too long.
+    """
     stop = threading.Event()
     before: dict[signal.Signals, Any] = {}
 
     def ask(number: int, _: FrameType | None) -> None:
         stop.set()
-        signal.signal(number, before[signal.Signals(number)])
+        if once:
+            signal.signal(number, before[signal.Signals(number)])
 
     # Python lets only the main thread handle signals; in another one the caller keeps them.
     if threading.current_thread() is threading.main_thread():

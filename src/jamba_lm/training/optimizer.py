@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
 
-from jamba_lm.errors import CheckpointError
 from jamba_lm.model.decoder import Decoder
+from jamba_lm.training.checkpointing import check_fit
+from jamba_lm.training.places import Place
 from jamba_lm.training.recipe import OptimizerSection, ScheduleSection
 
 # What a training checkpoint calls the three float32 values that it keeps for each parameter.
@@ -276,6 +277,10 @@ class MasterAdamW:
             for one in self._slices
         }
 
+    def places(self) -> dict[str, tuple[str, Place]]:
+        """Return nothing: every tensor is whole."""
+        return {}
+
     def restore(self, tensors: Mapping[str, Tensor], steps_done: int) -> None:
         """Take back what `tensors` returned, and round the weights into the model.
 
@@ -283,17 +288,7 @@ class MasterAdamW:
             CheckpointError: a tensor is missing, left over, of another shape or not float32.
         """
         own = self.tensors()
-        differing = sorted(own.keys() ^ tensors.keys())
-        differing += sorted(
-            name
-            for name in own.keys() & tensors.keys()
-            if own[name].shape != tensors[name].shape or tensors[name].dtype != torch.float32
-        )
-        if differing:
-            raise CheckpointError(
-                f"the training checkpoint does not fit the model of the recipe: {len(differing)} "
-                f"tensors differ, the first is {differing[0]!r}; use the recipe it was made with"
-            )
+        check_fit({name: tuple(tensor.shape) for name, tensor in own.items()}, tensors)
         for name, value in tensors.items():
             own[name].copy_(value)
         self._steps_done = steps_done

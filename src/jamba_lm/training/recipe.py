@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from jamba_lm.config import JambaConfig
+from jamba_lm.training.parallel.layout import ParallelLayout
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -39,7 +40,8 @@ class TrainingSection:
     Attributes:
         steps: optimizer steps of the whole run.
         batch_tokens: tokens of one forward and backward pass, at most.
-        accumulate: passes whose gradients are summed for one step.
+        accumulate: passes whose gradients are summed for one step, in each of the processes that
+            read other documents.
         workers: passes that run at the same time, each on a copy of the model and its share of the
             CPU threads. This changes the speed and nothing else; a small model is faster with
             workers of one thread each.
@@ -158,6 +160,7 @@ class Recipe:
     watch: WatchSection = field(default_factory=WatchSection)
     validation: ValidationSection = field(default_factory=ValidationSection)
     checkpoint: CheckpointSection = field(default_factory=CheckpointSection)
+    parallel: ParallelLayout = field(default_factory=ParallelLayout)
 
     def to_dict(self) -> dict[str, dict[str, Any]]:
         """Return plain sections, as a recipe file has them, with nothing left to a default."""
@@ -176,6 +179,7 @@ SECTIONS: Mapping[str, type[Any]] = {
     "watch": WatchSection,
     "validation": ValidationSection,
     "checkpoint": CheckpointSection,
+    "parallel": ParallelLayout,
 }
 
 # The range of every number, ends included.
@@ -203,6 +207,11 @@ RANGES: Mapping[str, tuple[float, float]] = {
     "checkpoint.every_steps": (0, 10**9),
     "checkpoint.every_seconds": (0.0, 10**9),
     "checkpoint.keep": (1, 10**6),
+    "parallel.replicate": (1, 10**6),
+    "parallel.shard": (1, 10**6),
+    "parallel.context": (1, 10**6),
+    "parallel.tensor": (1, 10**6),
+    "parallel.expert": (1, 10**6),
 }
 CHOICES: Mapping[str, tuple[str, ...]] = {
     "training.dtype": ("bf16", "fp32"),

@@ -26,6 +26,7 @@ CHANGEABLE = (
     "watch.tensorboard",
     "validation.",
     "checkpoint.",
+    "parallel.",
 )
 
 
@@ -66,6 +67,9 @@ def check_continuation(before: Mapping[str, Any], now: Mapping[str, Any]) -> lis
         RecipeError: something differs that would make it another run.
     """
     before = _with_defaults(before)
+    now = _with_defaults(now)
+    if _readers(before) != _readers(now):
+        _check_passes(before, now)
     changed = []
     for section in sorted(before.keys() | now.keys()):
         old, new = before.get(section, {}), now.get(section, {})
@@ -73,13 +77,37 @@ def check_continuation(before: Mapping[str, Any], now: Mapping[str, Any]) -> lis
             name = f"{section}.{key}"
             if _plain(old.get(key)) == _plain(new.get(key)):
                 continue
-            if not name.startswith(CHANGEABLE):
+            if name == "training.accumulate":
+                _check_passes(before, now)
+            elif not name.startswith(CHANGEABLE):
                 raise RecipeError(
                     f"{name} is {shown(new.get(key))}, but the run to resume has "
                     f"{shown(old.get(key))}; change it back, or start in another --out folder"
                 )
             changed.append(name)
     return changed
+
+
+def _readers(sections: Mapping[str, Any]) -> int:
+    return int(sections["parallel"]["replicate"] * sections["parallel"]["shard"])
+
+
+def _check_passes(before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """Make sure that a step is made of as many passes, however they are shared out.
+
+    Raises:
+        RecipeError: it is not.
+    """
+    old, new = (
+        int(sections["training"]["accumulate"]) * _readers(sections) for sections in (before, now)
+    )
+    if old != new:
+        raise RecipeError(
+            f"a step would be {new} passes (training.accumulate = "
+            f"{now['training']['accumulate']} in each of {_readers(now)} processes that read), but "
+            f"the run to resume has {old}: change accumulate so that the product stays, or start "
+            "in another --out folder"
+        )
 
 
 def _with_defaults(sections: Mapping[str, Any]) -> dict[str, Any]:

@@ -67,8 +67,15 @@ class RunText:
         )
         self.fingerprint = self._documents.fingerprint()
 
-    def open_stream(self, position: Position | MixedPosition | None) -> PackedStream | MixedStream:
+    def open_stream(
+        self, position: Position | MixedPosition | None, reader: int = 0, readers: int = 1
+    ) -> PackedStream | MixedStream:
         """Start reading batches at `position`, or from the beginning.
+
+        Args:
+            position: of the whole run.
+            reader: which of those that share the batches this is.
+            readers: how many they are.
 
         Raises:
             DataError: the position is of another kind of text.
@@ -79,7 +86,12 @@ class RunText:
             if isinstance(position, Position):
                 raise _other_kind()
             return self._prepared.open_stream(
-                sequence_tokens=sequence, batch_tokens=batch, seed=seed, position=position
+                sequence_tokens=sequence,
+                batch_tokens=batch,
+                seed=seed,
+                position=position,
+                reader=reader,
+                readers=readers,
             )
         assert self._documents is not None
         if isinstance(position, MixedPosition):
@@ -90,6 +102,8 @@ class RunText:
             batch_tokens=batch,
             seed=seed,
             position=position,
+            reader=reader,
+            readers=readers,
         )
 
     def record(self) -> dict[str, Any]:

@@ -6,14 +6,18 @@ Knows no optimizer and no recipe.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 
 import torch
 
-from jamba_lm.data import TokenizedDocuments, validation_batches
-from jamba_lm.model.batch import Batch
+from jamba_lm.data import PackedBatch, TokenizedDocuments, validation_batches
 from jamba_lm.model.decoder import Decoder
-from jamba_lm.training.loss import summed_cross_entropy
+from jamba_lm.training.together import ALONE, Together
+
+Predict = Callable[[PackedBatch], tuple[float, int]]
+"""Reads a batch; returns the summed cross entropy of this process' rows, and how many they are."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,25 +40,46 @@ class Validation:
 
 @torch.no_grad()
 def validate(
-    decoder: Decoder,
     documents: TokenizedDocuments,
+    predict: Predict,
     *,
     sequence_tokens: int,
     batch_tokens: int,
-    backend: str | None = None,
+    together: Together = ALONE,
 ) -> Validation:
-    """Read every document in pieces of `sequence_tokens` and measure how surprising it was."""
+    """Read every document in pieces of `sequence_tokens` and measure how surprising it was.
+
+    Args:
+        documents: to read.
+        predict: the model.
+        sequence_tokens: of the longest piece.
+        batch_tokens: of a pass, at most.
+        together: the processes that read, each with a call of its own.
+    """
     nats, num_tokens = 0.0, 0
-    for packed in validation_batches(
+    batches = validation_batches(
         documents, sequence_tokens=sequence_tokens, batch_tokens=batch_tokens
-    ):
-        batch = Batch.of(packed.lengths, backend=backend)
-        hidden_MD = decoder(packed.ids_M, batch, hidden=True)
-        weight_VD = output_weight(decoder)
-        nats += summed_cross_entropy(hidden_MD, weight_VD, packed.targets_M).item()
-        num_tokens += packed.num_targets
+    )
+    for packed, counts in _shares(batches, together.reader, together.readers):
+        found, predicted = predict(packed)
+        if counts:
+            nats += found
+            num_tokens += predicted
+    nats, tokens = together.add_up([nats, num_tokens])
     num_bytes = int(documents.num_bytes.sum())
-    return Validation(nats / num_tokens, nats / math.log(2) / num_bytes, num_tokens, num_bytes)
+    return Validation(nats / tokens, nats / math.log(2) / num_bytes, int(tokens), num_bytes)
+
+
+def _shares(
+    batches: Iterator[PackedBatch], reader: int, readers: int
+) -> Iterator[tuple[PackedBatch, bool]]:
+    """Yield every `readers`th batch, and whether it counts.
+
+    All readers get equally many, for a pass is made by all processes together: where there is none
+    left for one of them, it gets another one's, which does not count.
+    """
+    while turn := list(islice(batches, readers)):
+        yield (turn[reader], True) if reader < len(turn) else (turn[0], False)
 
 
 def output_weight(decoder: Decoder) -> torch.Tensor:

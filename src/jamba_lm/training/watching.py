@@ -16,6 +16,7 @@ from jamba_lm.model.decoder import Decoder
 from jamba_lm.model.mamba import MambaMixer
 from jamba_lm.model.routing import Routing
 from jamba_lm.training.balance import load_of
+from jamba_lm.training.together import Together
 
 Maxima = dict[str, dict[str, float]]
 
@@ -68,19 +69,33 @@ def largest(passes: Sequence[Maxima]) -> Maxima:
     }
 
 
-def router_load(decoder: Decoder, passes: Sequence[Sequence[Tensor]]) -> dict[str, list[float]]:
+def all_largest(maxima: Maxima, together: Together) -> Maxima:
+    """Return the maxima over all processes."""
+    values = iter(
+        together.largest([value for places in maxima.values() for value in places.values()])
+    )
+    return {name: {place: next(values) for place in places} for name, places in maxima.items()}
+
+
+def router_load(
+    decoder: Decoder, passes: Sequence[Sequence[Tensor]], together: Together
+) -> dict[str, list[float]]:
     """Return what share of its rows each expert got, by layer; 1 / experts each is balance.
 
     Args:
         decoder: whose routers they are.
-        passes: of each pass, the `loads` of its layers.
+        passes: of each pass of this process, the `loads` of its layers.
+        together: the processes that took passes.
     """
     layers = [
         f"blocks.{number}"
         for number, block in enumerate(decoder.blocks)
         if hasattr(block.feed_forward, "router")
     ]
-    summed = [torch.stack(list(loads)).sum(0) for loads in zip(*passes, strict=True)]
+    summed = [
+        together.add_up_tensor(torch.stack(list(loads)).sum(0))
+        for loads in zip(*passes, strict=True)
+    ]
     return {
         name: (load_X / load_X.sum()).tolist() for name, load_X in zip(layers, summed, strict=True)
     }
