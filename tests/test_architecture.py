@@ -86,6 +86,7 @@ WITHOUT_TORCH = [
     "jamba_lm.model.layout",
     "jamba_lm.analysis.memory",
     "jamba_lm.analysis.roofline",
+    "jamba_lm.analysis.training_cost.plan",
     "jamba_lm.checkpoint.gguf_config",
     "jamba_lm.checkpoint.gguf_storage",
     "jamba_lm.gguf_parts",

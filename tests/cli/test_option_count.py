@@ -15,7 +15,10 @@ OPTIONS = {
     "jamba": 1,
     "jamba inspect": 2,
     # --this-machine: a prediction takes seconds, and the plain answer must come at once.
-    "jamba plan": 8,
+    "jamba plan": 0,
+    "jamba plan model": 8,
+    # What is trained, on what, and how; the rest of a recipe does not change the plan.
+    "jamba plan train": 9,
     # --measure takes seconds too; --weights says what is predicted.
     "jamba doctor": 3,
     "jamba init": 7,

@@ -117,7 +117,7 @@ def test_a_context_beyond_the_model_s_is_answered_with_a_word(capsys):
 
 
 def test_the_help_names_the_room_that_a_cache_keeps(capsys):
-    main(["plan", "--help"])
+    main(["plan", "model", "--help"])
     assert f"{CACHE_ROOM_TOKENS:,}" in capsys.readouterr().out
 
 

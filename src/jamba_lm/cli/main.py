@@ -22,7 +22,7 @@ from jamba_lm.cli.doctor import doctor
 from jamba_lm.cli.generate import generate
 from jamba_lm.cli.init import init
 from jamba_lm.cli.inspect import inspect
-from jamba_lm.cli.plan import plan
+from jamba_lm.cli.plan import app as plan_app
 from jamba_lm.cli.quantize import quantize
 from jamba_lm.cli.score import score
 from jamba_lm.cli.tokenizer import app as tokenizer_app
@@ -63,7 +63,7 @@ def options(
 
 
 app.command()(inspect)
-app.command()(plan)
+app.add_typer(plan_app, name="plan")
 app.command()(doctor)
 app.command()(init)
 app.command()(convert)

@@ -18,8 +18,10 @@ from jamba_lm.analysis.memory import (
     memory_rates,
     weight_format,
 )
+from jamba_lm.cli.default_command import unless_named
 from jamba_lm.cli.options import JsonOption
 from jamba_lm.cli.output import Output
+from jamba_lm.cli.plan_train import plan_train
 from jamba_lm.cli.quantities import parse_bytes, parse_tokens, show_bytes
 from jamba_lm.cli.shapes import (
     SetOption,
@@ -39,6 +41,7 @@ from jamba_lm.errors import InputError
 if TYPE_CHECKING:
     from jamba_lm.checkpoint.gguf_storage import GgufContents
 
+MODEL = "model"
 WHOLE_PROMPT = "all"
 MAX_BATCH = 2**30
 
@@ -70,6 +73,26 @@ class Room:
     batch: int | None
 
 
+HELP = (
+    "Say what a model takes to run (`jamba plan MODEL`), or to train (`jamba plan train MODEL "
+    "--gpus N --tokens T`)."
+)
+app = typer.Typer(
+    cls=unless_named(MODEL),
+    help=HELP,
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+app.command("train")(plan_train)
+
+
+@app.callback(help=HELP)
+def group() -> None:
+    """Hold the commands together."""
+
+
+@app.command(MODEL)
 def plan(
     model: ShapeArgument,
     context: Annotated[

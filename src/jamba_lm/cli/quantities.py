@@ -15,6 +15,8 @@ _BYTE_UNITS: Mapping[str, int] = {
     **{f"{letter}B": 1000**power for power, letter in enumerate("KMGT", start=1)},
 }
 _TOKEN_UNITS: Mapping[str, int] = {"": 1, "K": 1024, "M": 1024**2}
+# Of a whole run, where nobody means 1024: K and M are left out, since elsewhere they are of 1024.
+_RUN_UNITS: Mapping[str, int] = {"": 1, "B": 10**9, "T": 10**12}
 # Far beyond any machine, and far below what makes arithmetic slow.
 _LIMIT = 2**60
 
@@ -41,6 +43,19 @@ def parse_tokens(text: str, option: str) -> int:
         InputError: not a number of tokens, or none at all.
     """
     return _parse(text, option, _TOKEN_UNITS, "a number of tokens such as 256K (of 1024) or 5000")
+
+
+def parse_run_tokens(text: str, option: str) -> int:
+    """Read the tokens of a training run, such as `300B` or `1.5T`, of a thousand million each.
+
+    >>> parse_run_tokens("1.5T", "--tokens")
+    1500000000000
+
+    Raises:
+        InputError: not a number of tokens, or none at all.
+    """
+    expected = "a number of tokens such as 300B (10^9), 1.5T (10^12) or plain"
+    return _parse(text, option, _RUN_UNITS, expected)
 
 
 def _parse(text: str, option: str, units: Mapping[str, int], expected: str) -> int:

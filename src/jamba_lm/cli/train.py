@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from typer.core import TyperGroup
 
+from jamba_lm.cli.default_command import unless_named
 from jamba_lm.cli.options import BackendOption, JsonOption, ThreadsOption, use_threads
 from jamba_lm.errors import InputError
 
@@ -21,24 +21,12 @@ if TYPE_CHECKING:
     from jamba_lm.training.recipe import Recipe
 
 RUN = "run"
-
-
-class _RunUnlessNamed(TyperGroup):
-    """Takes `jamba train RECIPE` as `jamba train run RECIPE`."""
-
-    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        known = {*self.commands, *ctx.help_option_names}
-        if args and args[0] not in known:
-            args = [RUN, *args]
-        return super().parse_args(ctx, args)
-
-
 HELP = (
     "Train a model as RECIPE says (`jamba train RECIPE --out DIR`), write out its weights, or draw "
     "the curves of runs."
 )
 app = typer.Typer(
-    cls=_RunUnlessNamed,
+    cls=unless_named(RUN),
     help=HELP,
     no_args_is_help=True,
     rich_markup_mode=None,

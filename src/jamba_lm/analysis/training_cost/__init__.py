@@ -1,0 +1,1 @@
+"""What training a shape costs on a mesh of devices: memory, arithmetic, communication, time."""

@@ -1,0 +1,109 @@
+"""What training takes of one rank's memory, part by part, in bytes.
+
+Needs no torch. Weights, gradients and moments are exact; activations are those of `activations`,
+exact on a CPU; what lies between the parts (fragments, libraries) is the device's reserve.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
+
+from jamba_lm.analysis.training_cost.activations import FLOAT, Activations, pass_activations
+from jamba_lm.analysis.training_cost.rank import Rank
+from jamba_lm.analysis.training_cost.shares import Share, layer_values, rank_shares
+
+# A layer's weights are there while it runs, and the next one's are on their way.
+GATHERED_LAYERS = 2
+_ENDS = ("embedding", "head")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RankMemory:
+    """Bytes on the rank with the most.
+
+    Attributes:
+        parameters: in the type that is computed with; this rank's shards of them.
+        gradients: float32 sums over the passes of a step, and the gradient of one pass where it is
+            not cut into shards while it is made.
+        optimizer: float32 master weights and two moments.
+        gathered: whole weights and gradients of the layers that run, and of embedding and head.
+        activations: see `activations`; without `logits`.
+        logits: pieces of logits; at other times the layer that is computed again has this room.
+        buffers: what is sent or received and is no activation.
+        reserve: what the device's libraries and fragments take.
+    """
+
+    parameters: int
+    gradients: int
+    optimizer: int
+    gathered: int
+    activations: int
+    logits: int
+    buffers: int
+    reserve: int
+
+    @property
+    def total(self) -> int:
+        """All of it."""
+        return sum(getattr(self, one.name) for one in fields(self))
+
+
+def rank_memory(rank: Rank, reserve: int = 0) -> tuple[RankMemory, Activations]:
+    """Add up the memory of the rank with the most, and say what its activations are.
+
+    Args:
+        rank: a share of the shape.
+        reserve: bytes that nobody can use.
+    """
+    shares, kept = rank_shares(rank.config, rank.mesh), pass_activations(rank)
+    w = rank.work.width
+    held = sum(one.copies * one.held for one in shares)
+    whole = [one for one in shares if _shards(rank, one) == 1]
+    memory = RankMemory(
+        parameters=_bytes(shares, w, lambda one: one.held),
+        gradients=held * FLOAT + _bytes(whole, w, lambda one: one.held),
+        optimizer=3 * held * FLOAT,
+        gathered=_gathered(rank, shares),
+        activations=kept.total - kept.logits if kept.logits > kept.again else kept.total,
+        logits=kept.logits if kept.logits > kept.again else 0,
+        buffers=_buffers(rank),
+        reserve=reserve,
+    )
+    return memory, kept
+
+
+def _bytes(shares: Sequence[Share], width: int, values: Callable[[Share], int]) -> int:
+    return sum(one.copies * values(one) * (FLOAT if one.wide else width) for one in shares)
+
+
+def _shards(rank: Rank, one: Share) -> int:
+    return rank.mesh.expert_shards if one.part == "experts" else rank.mesh.weight_shards
+
+
+def _gathered(rank: Rank, shares: Sequence[Share]) -> int:
+    w = rank.work.width
+    cut = [one for one in shares if _shards(rank, one) > 1]
+    if not cut:
+        return 0
+    # Embedding, head and final norm belong to no layer: they stay whole through a pass, and so
+    # does their gradient.
+    ends = [one for one in cut if one.part in _ENDS]
+    found = 2 * _bytes(ends, w, lambda one: one.gathered)
+    layers = [narrow * w + wide * FLOAT for narrow, wide in layer_values(rank.config, rank.mesh)]
+    # Weights of two layers, and the gradient of one before it is cut up and summed in float32.
+    gradient = max(
+        (narrow + wide) * (w + FLOAT) for narrow, wide in layer_values(rank.config, rank.mesh)
+    )
+    return found + GATHERED_LAYERS * max(layers) + gradient
+
+
+def _buffers(rank: Rank) -> int:
+    mesh, config, w = rank.mesh, rank.config, rank.work.width
+    found = 0
+    if mesh.tensor > 1:
+        found += rank.rows * config.d_model * w
+    if mesh.expert > 1 and config.num_experts > 1:
+        # What is sent and what comes, there or back.
+        found += 2 * rank.routed_rows * config.experts_per_token * config.d_model * w
+    return found
