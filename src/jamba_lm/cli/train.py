@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from contextlib import ExitStack
-from functools import cache
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -77,7 +74,8 @@ def train(
     `jamba generate DIR/model` reads. Ctrl-C saves and ends; a killed run loses what came after its
     last checkpoint, and resumed it ends with the same bits.
     """
-    from jamba_lm.cli.output import Output, Progress
+    from jamba_lm.cli.output import Output
+    from jamba_lm.cli.training_progress import TrainingProgress
     from jamba_lm.training.recipe_file import load_recipe
 
     if resume and auto:
@@ -85,7 +83,7 @@ def train(
     resolved = load_recipe(recipe, changes or [])
     use_threads(threads)
     from jamba_lm.analysis.machine_speed import product_speed
-    from jamba_lm.training.learner import DTYPES
+    from jamba_lm.checkpoint.huggingface import DTYPES
     from jamba_lm.training.loop import Resume
     from jamba_lm.training.loop import train as carry_out
     from jamba_lm.training.pages import keep_freed_pages
@@ -93,44 +91,13 @@ def train(
     keep_freed_pages()
     output = Output(json_wanted)
     mode: Resume = "always" if resume else "auto" if auto else "never"
-    with ExitStack() as stack:
-
-        @cache
-        def line(first: int) -> Progress:
-            label = f"training from step {first:,}" if first else "training"
-            total = resolved.training.steps - first
-            return stack.enter_context(output.progress(label, total, "steps"))
-
-        first, rate = None, 0.0
-
-        def report(record: Mapping[str, Any]) -> None:
-            nonlocal first, rate
-            if record["event"] == "validation":
-                output.note(
-                    f"step {record['step']:,}: {record['bits_per_byte']:.4f} bits per byte on "
-                    f"{record['num_bytes']:,} held-out bytes"
-                )
-            elif record["event"] == "step":
-                first = record["step"] - 1 if first is None else first
-                now = record["tokens_per_second"]
-                rate = 0.95 * rate + 0.05 * now if rate else now
-                if "spike" in record:
-                    output.note(
-                        f"step {record['step']:,}: the loss spiked to {record['loss']:.3f}, "
-                        f"{record['spike']}"
-                    )
-                line(first).update(
-                    record["step"] - first,
-                    f"{rate:,.0f} tokens/s, loss {record['loss']:.3f}, "
-                    f"balance {record['balance_loss']:.3f}",
-                )
-
+    with TrainingProgress(output, resolved.training.steps) as shown:
         outcome = carry_out(
             resolved,
             out,
             resume=mode,
             backend=backend,
-            report=report,
+            report=shown.report,
             peak_flops=product_speed(DTYPES[resolved.training.dtype]),
         )
     progress, validation = outcome.progress, outcome.validation

@@ -16,24 +16,24 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from jamba_lm.corpus.mixture import MixedStream
-from jamba_lm.data import PackedBatch, PackedStream
+from jamba_lm.checkpoint.huggingface import DTYPES
+from jamba_lm.data import PackedBatch
 from jamba_lm.errors import DataError, RecipeError
 from jamba_lm.kernels import ops
 from jamba_lm.model.batch import Batch
 from jamba_lm.model.decoder import Decoder
-from jamba_lm.model.initialization import initialize
 from jamba_lm.model.routing import Routing, balance_loss
 from jamba_lm.training.activation_loss import ActivationLoss
 from jamba_lm.training.balance import Selections, count_selections, share_of_balance_loss
 from jamba_lm.training.checkpointing import Progress, SavedRun
 from jamba_lm.training.loss import summed_losses
 from jamba_lm.training.optimizer import MasterAdamW, learning_rate_at, whole_norm
-from jamba_lm.training.recipe import Recipe
+from jamba_lm.training.pretraining import fresh_start
+from jamba_lm.training.recipe import Recipe, RunRecipe
 from jamba_lm.training.recompute import recompute_layers
 from jamba_lm.training.run_folder import machine_record
-from jamba_lm.training.run_text import RunText
 from jamba_lm.training.spikes import is_spike, remembered
+from jamba_lm.training.task import Start, Stream
 from jamba_lm.training.validation import Validation, output_weight, validate
 from jamba_lm.training.watching import (
     Maxima,
@@ -47,11 +47,10 @@ from jamba_lm.training.workers import Workers
 
 logger = logging.getLogger(__name__)
 
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 KERNELS = ("causal_conv", "selective_scan", "attention")
 
 
-def plain_sections(recipe: Recipe) -> dict[str, dict[str, Any]]:
+def plain_sections(recipe: RunRecipe) -> dict[str, dict[str, Any]]:
     """Return the recipe's sections as JSON keeps them."""
     return {
         section: {
@@ -96,13 +95,16 @@ class _Pass:
 class Learner:
     """A model, its optimizer and its data: what one step of training needs and changes."""
 
-    def __init__(self, recipe: Recipe, backend: str | None, cache: Path) -> None:
+    def __init__(
+        self, recipe: RunRecipe, backend: str | None, cache: Path, start: Start | None = None
+    ) -> None:
         """Read the data and make the model that training starts from.
 
         Args:
             recipe: what to do.
             backend: kernel back-end by name, or None.
             cache: folder to keep tokenized text in.
+            start: what to start from; None takes fresh weights, and the text that the recipe names.
 
         Raises:
             RecipeError: the tokenizer has more tokens than the model.
@@ -111,12 +113,11 @@ class Learner:
         self.recipe = recipe
         self.backend = backend
         self.progress = Progress()
-        self._text = RunText(recipe, cache)
+        if start is None:
+            assert isinstance(recipe, Recipe), "only a Recipe says how fresh weights are made"
+            start = fresh_start(recipe, cache)
+        self._start, self._text, self.decoder = start, start.text, start.decoder
         self._stream = self._open_stream()
-
-        with torch.device("meta"):
-            self.decoder = Decoder(recipe.model)
-        initialize(self.decoder, recipe.training.seed)
         self.optimizer = MasterAdamW(self.decoder, recipe.optimizer)
         self.decoder.to(DTYPES[recipe.training.dtype])
         self._workers = Workers(self.decoder, recipe.training.workers)
@@ -128,7 +129,7 @@ class Learner:
             if recipe.training.recompute_layers:
                 recompute_layers(decoder)
 
-    def _open_stream(self) -> PackedStream | MixedStream:
+    def _open_stream(self) -> Stream:
         return self._text.open_stream(self.progress.position)
 
     def record(self) -> dict[str, Any]:
@@ -139,6 +140,7 @@ class Learner:
             "dtype": self.recipe.training.dtype,
             "seed": self.recipe.training.seed,
             "parameters": sum(p.numel() for p in self.decoder.parameters()),
+            **(self._start.record or {}),
             **self._text.record(),
         }
 
@@ -260,9 +262,10 @@ class Learner:
         )
         size = len(self._workers.decoders)
         passes: list[_Pass] = []
+        done = self.progress.steps_done * self.recipe.training.accumulate
         for first in range(0, len(batches), size):
             together = batches[first : first + size]
-            work = list(zip(range(size), together, strict=False))
+            work = [(done + first + worker, worker, one) for worker, one in enumerate(together)]
             passes += self._workers.run(
                 lambda decoder, item: self._backward(decoder, item, share, watch), work
             )
@@ -294,12 +297,14 @@ class Learner:
         return routing
 
     def _backward(
-        self, decoder: Decoder, item: tuple[int, PackedBatch], share: _Share, watch: bool
+        self, decoder: Decoder, item: tuple[int, int, PackedBatch], share: _Share, watch: bool
     ) -> _Pass:
         """Leave a batch's gradient in `decoder`; return its shares of the losses."""
-        number, packed = item
+        number, worker, packed = item
+        if self._start.before_pass is not None:
+            self._start.before_pass(decoder, number)
         recipe, routing, maxima = self.recipe, list[Routing](), Maxima()
-        activation = self._activation[number] if self._activation else None
+        activation = self._activation[worker] if self._activation else None
         rows_share = len(packed.ids_M) / share.num_rows
         if activation is not None:
             activation.begin(rows_share)
@@ -319,7 +324,7 @@ class Learner:
                 balance = share_of_balance_loss(routing, share.selections)
             else:
                 balance = balance_loss(routing) / share.num_passes
-            total = total + recipe.model.aux_loss_coef * balance
+            total = total + decoder.config.aux_loss_coef * balance
             losses["balance_loss"] = balance.item()
         else:
             losses["balance_loss"] = 0.0
@@ -334,8 +339,7 @@ class Learner:
         """Read the held-out documents."""
         return validate(
             self.decoder,
-            self._text.held_out,
-            sequence_tokens=self.recipe.data.sequence_tokens,
-            batch_tokens=self.recipe.training.batch_tokens,
+            self._text.validation_batches(),
+            num_bytes=self._text.validation_bytes,
             backend=self.backend,
         )

@@ -8,7 +8,6 @@ saved. A process killed at any moment and resumed therefore ends with the same b
 
 from __future__ import annotations
 
-import shutil
 import signal
 import threading
 import time
@@ -19,7 +18,6 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, Literal
 
-from jamba_lm.checkpoint.huggingface import write_decoder
 from jamba_lm.errors import InputError, RecipeError
 from jamba_lm.files import make_folder, write_atomic
 from jamba_lm.kernels import ops
@@ -30,12 +28,12 @@ from jamba_lm.training.checkpointing import (
     read_checkpoint,
     write_checkpoint,
 )
-from jamba_lm.training.learner import DTYPES, Learner, plain_sections
-from jamba_lm.training.optimizer import MasterAdamW
-from jamba_lm.training.recipe import Recipe
+from jamba_lm.training.learner import Learner, plain_sections
+from jamba_lm.training.pretraining import Pretraining
+from jamba_lm.training.recipe import SECTIONS, Recipe, RunRecipe
 from jamba_lm.training.recipe_record import check_continuation, to_toml
 from jamba_lm.training.run_folder import RunLog, only_run_in, write_record
-from jamba_lm.training.run_text import tokenizer_folder
+from jamba_lm.training.task import Task
 from jamba_lm.training.tensorboard_log import TensorBoardLog
 from jamba_lm.training.utilization import training_flops
 from jamba_lm.training.validation import Validation
@@ -55,7 +53,7 @@ class Outcome:
         finished: whether all steps were taken; otherwise it was asked to stop, and saved.
         progress: how far the run has come.
         validation: of the last step; None when it was stopped before.
-        model_folder: the exported Hugging Face folder; None when it was stopped before the end.
+        model_folder: the exported folder; None when it was stopped before the end.
     """
 
     finished: bool
@@ -65,9 +63,11 @@ class Outcome:
 
 
 def train(
-    recipe: Recipe,
+    recipe: RunRecipe,
     folder: Path,
     *,
+    task: Task | None = None,
+    kinds: Mapping[str, type[Any]] = SECTIONS,
     resume: Resume = "never",
     backend: str | None = None,
     report: Report = lambda record: None,
@@ -82,6 +82,8 @@ def train(
     Args:
         recipe: what to do.
         folder: made when missing.
+        task: where the run starts and what it leaves; None makes a model of fresh weights.
+        kinds: the classes of the recipe's sections, by name.
         resume: "never" refuses a folder that holds a run, "always" one that holds none.
         backend: kernel back-end by name; None takes the fastest that can.
         report: told of every record of the log.
@@ -97,10 +99,13 @@ def train(
         CheckpointError: the newest checkpoint is damaged.
     """
     ops.require(backend)
+    if task is None:
+        assert isinstance(recipe, Recipe), "only a Recipe says how fresh weights are made"
+        task = Pretraining(recipe)
     with only_run_in(folder):
         saved = _find_run(folder, resume)
-        changed = check_continuation(saved.recipe, plain_sections(recipe)) if saved else []
-        learner = Learner(recipe, backend, folder)
+        changed = check_continuation(saved.recipe, plain_sections(recipe), kinds) if saved else []
+        learner = Learner(recipe, backend, folder, task.start(folder))
         if saved:
             learner.restore(saved)
         make_folder(folder / "checkpoints")
@@ -113,7 +118,7 @@ def train(
             if recipe.watch.tensorboard:
                 board = TensorBoardLog(folder, learner.progress.steps_done)
                 told.append(stack.enter_context(board).write)
-            return _Run(recipe, folder, learner, log, stop, told, peak_flops).go(changed)
+            return _Run(recipe, folder, learner, task, log, stop, told, peak_flops).go(changed)
 
 
 def _write(file: Any, text: str) -> None:
@@ -137,9 +142,10 @@ class _Run:
 
     def __init__(
         self,
-        recipe: Recipe,
+        recipe: RunRecipe,
         folder: Path,
         learner: Learner,
+        task: Task,
         log: RunLog,
         stop: threading.Event,
         told: Sequence[Report],
@@ -148,6 +154,7 @@ class _Run:
         self._recipe = recipe
         self._folder = folder
         self._learner = learner
+        self._task = task
         self._log = log
         self._stop = stop
         self._told = told
@@ -196,7 +203,7 @@ class _Run:
             "tokens_per_second": round(tokens / seconds, 1),
         }
         if self._peak is not None:
-            flops = training_flops(self._recipe.model, tokens)
+            flops = training_flops(self._learner.decoder.config, tokens)
             speed["mfu"] = round(flops / seconds / self._peak, 4)
         self._note({**record, **speed})
         for one in more:
@@ -251,18 +258,9 @@ class _Run:
         self._saved_step, self._saved_at = saved.progress.steps_done, time.monotonic()
 
     def _export(self) -> Path:
-        folder = self._folder / "model"
-        export(self._recipe, self._learner.optimizer, folder)
+        folder = self._folder / self._task.output
+        self._task.export(self._learner.optimizer, folder)
         return folder
-
-
-def export(recipe: Recipe, optimizer: MasterAdamW, folder: Path) -> None:
-    """Write the model in the recipe's type as a Hugging Face folder, with its tokenizer."""
-    dtype = DTYPES[recipe.training.dtype]
-    write_decoder(folder, recipe.model, optimizer.masters(), dtype=dtype, overwrite=True)
-    for path in sorted(tokenizer_folder(recipe).iterdir()):
-        if path.name.startswith("tokenizer") or path.name == "generation_config.json":
-            shutil.copyfile(path, folder / path.name)
 
 
 @contextmanager

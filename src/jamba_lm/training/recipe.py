@@ -146,11 +146,9 @@ class CheckpointSection:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Recipe:
-    """Everything that a run needs to know."""
+class RunRecipe:
+    """What every kind of training run needs to know, whatever it starts from and reads."""
 
-    model: JambaConfig
-    data: DataSection
     training: TrainingSection
     optimizer: OptimizerSection = field(default_factory=OptimizerSection)
     schedule: ScheduleSection = field(default_factory=ScheduleSection)
@@ -158,6 +156,18 @@ class Recipe:
     watch: WatchSection = field(default_factory=WatchSection)
     validation: ValidationSection = field(default_factory=ValidationSection)
     checkpoint: CheckpointSection = field(default_factory=CheckpointSection)
+
+    def to_dict(self) -> dict[str, dict[str, Any]]:
+        """Return plain sections, as a recipe file has them, with nothing left to a default."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Recipe(RunRecipe):
+    """Everything that a run from fresh weights needs to know."""
+
+    model: JambaConfig
+    data: DataSection
 
     def to_dict(self) -> dict[str, dict[str, Any]]:
         """Return plain sections, as a recipe file has them, with nothing left to a default."""

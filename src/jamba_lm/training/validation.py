@@ -6,11 +6,12 @@ Knows no optimizer and no recipe.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
 
-from jamba_lm.data import TokenizedDocuments, validation_batches
+from jamba_lm.data import PackedBatch
 from jamba_lm.model.batch import Batch
 from jamba_lm.model.decoder import Decoder
 from jamba_lm.training.loss import summed_cross_entropy
@@ -37,23 +38,26 @@ class Validation:
 @torch.no_grad()
 def validate(
     decoder: Decoder,
-    documents: TokenizedDocuments,
+    batches: Iterable[PackedBatch],
     *,
-    sequence_tokens: int,
-    batch_tokens: int,
+    num_bytes: int,
     backend: str | None = None,
 ) -> Validation:
-    """Read every document in pieces of `sequence_tokens` and measure how surprising it was."""
+    """Read every batch and measure how surprising its targets were.
+
+    Args:
+        decoder: predicts.
+        batches: the held-out text.
+        num_bytes: UTF-8 bytes of what they predict.
+        backend: kernel back-end by name, or None.
+    """
     nats, num_tokens = 0.0, 0
-    for packed in validation_batches(
-        documents, sequence_tokens=sequence_tokens, batch_tokens=batch_tokens
-    ):
+    for packed in batches:
         batch = Batch.of(packed.lengths, backend=backend)
         hidden_MD = decoder(packed.ids_M, batch, hidden=True)
         weight_VD = output_weight(decoder)
         nats += summed_cross_entropy(hidden_MD, weight_VD, packed.targets_M).item()
         num_tokens += packed.num_targets
-    num_bytes = int(documents.num_bytes.sum())
     return Validation(nats / num_tokens, nats / math.log(2) / num_bytes, num_tokens, num_bytes)
 
 
