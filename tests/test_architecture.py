@@ -32,12 +32,13 @@ LAYERS = [
     {"quantization", "step_plan"},
     {"prefill"},
     {"checkpoint", "text", "sampling", "drafting"},
-    {"language_model", "conversion"},
+    {"language_model", "conversion", "adapter_merge"},
     {"continuation", "stepper"},
     {"generation"},
     {"data", "serving", "evaluation", "analysis", "recipe_sections"},
     {"corpus"},
     {"training"},
+    {"finetuning"},
     {"studies"},
     {"cli"},
     {"__main__"},
@@ -74,7 +75,7 @@ HOME_OF = {
     "rich": {"cli"},
     "click": {"cli"},
 }
-NOT_IMPORTED = {"transformers", "pickle", "accelerate", "pandas", "requests"}
+NOT_IMPORTED = {"transformers", "peft", "pickle", "accelerate", "pandas", "requests"}
 
 # These answer in a fraction of a second, which torch alone would use up.
 WITHOUT_TORCH = [
@@ -91,6 +92,7 @@ WITHOUT_TORCH = [
     "jamba_lm.checkpoint.gguf_storage",
     "jamba_lm.gguf_parts",
     "jamba_lm.corpus.recipe_file",
+    "jamba_lm.finetuning.recipe_file",
     "jamba_lm.cli.main",
 ]
 

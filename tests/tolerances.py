@@ -213,3 +213,13 @@ PREFILL = {
 # The mean of independent agreements lies within four standard deviations of what is estimated, but
 # for one time in sixteen thousand; the seeds are fixed.
 MINHASH_DEVIATIONS = 4.0
+
+# Fine-tuning: largest difference over the scale.
+FINETUNING = {
+    # An adapter inside its matrix or beside it: float32 sums in another order.
+    "merged": 1e-5,
+    # Gradients of a batch against those of its examples alone, through four layers.
+    "packed": 5e-5,
+    # A gradient through a packed matrix against that through the one that it stands for.
+    "through packed": 1e-4,
+}

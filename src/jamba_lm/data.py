@@ -161,7 +161,8 @@ class PackedBatch:
 
     Attributes:
         ids_M: int64 token ids.
-        targets_M: int64, the token that follows; `IGNORED` where a piece ends.
+        targets_M: int64, the token that follows; `IGNORED` where a piece ends, and where what
+            follows is not to be learned.
         lengths: tokens of each piece.
     """
 
@@ -172,7 +173,7 @@ class PackedBatch:
     @property
     def num_targets(self) -> int:
         """Rows that predict something."""
-        return len(self.targets_M) - len(self.lengths)
+        return int((self.targets_M != IGNORED).sum())
 
 
 @dataclass(frozen=True, slots=True)

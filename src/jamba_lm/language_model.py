@@ -13,6 +13,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from jamba_lm.checkpoint.adapter import merge_into
+from jamba_lm.checkpoint.adapter_reader import read_adapter
 from jamba_lm.checkpoint.gguf_reader import read_gguf_decoder
 from jamba_lm.checkpoint.huggingface import as_dtype, read_decoder, write_decoder
 from jamba_lm.checkpoint.packed_reader import (
@@ -252,6 +254,7 @@ def load(
     dtype: str | torch.dtype = "auto",
     backend: str | None = None,
     quantize: str | Scheme | None = None,
+    adapter: str | Path | None = None,
 ) -> LanguageModel:
     """Load a checkpoint folder in Hugging Face's layout, quantised or not, or a GGUF file.
 
@@ -262,9 +265,12 @@ def load(
             of all else.
         backend: kernel back-end to use, by name; None takes the fastest that can.
         quantize: pack the weights while they are read, by "experts-int8", "int8" or "int4".
+        adapter: a folder in PEFT's format, whose changes are added to the weights; before they are
+            packed, where `quantize` says so.
 
     Raises:
-        CheckpointError: no checkpoint there, or one that does not fit its config.
+        CheckpointError: no checkpoint there, or one that does not fit its config; or no sound
+            adapter for this model.
         ConfigError: config.json is not a Jamba config.
         InputError: `dtype` or `quantize` is unknown, or the checkpoint is quantised already.
         BackendUnavailable: `backend` was named and cannot run here.
@@ -276,26 +282,34 @@ def load(
     path = Path(path)
     if is_gguf(path):
         config, decoder = read_gguf_decoder(path, dtype)
+        if adapter is not None:
+            merge_into(decoder, read_adapter(adapter, config))
         if scheme is not None:
             quantize_decoder(decoder, scheme)
     else:
-        config, decoder = _read_folder(path, dtype, scheme)
+        config, decoder = _read_folder(path, dtype, scheme, adapter)
     return LanguageModel(config, decoder, backend=backend)
 
 
 def _read_folder(
-    folder: Path, dtype: str | torch.dtype, scheme: Scheme | None
+    folder: Path, dtype: str | torch.dtype, scheme: Scheme | None, adapter: str | Path | None
 ) -> tuple[JambaConfig, Decoder]:
     stored = stored_scheme(folder) if folder.is_dir() else None
     if stored is not None:
         if scheme is not None:
             refuse_packed(folder, f"so it cannot be loaded as {scheme.name}")
+        if adapter is not None:
+            refuse_packed(folder, "so an adapter cannot be added to it")
         config = JambaConfig.load(folder)
         return config, read_packed_decoder(folder, config, stored, dtype)
     if scheme is None or not folder.is_dir():
-        return read_decoder(folder, dtype)
+        config, decoder = read_decoder(folder, dtype)
+        if adapter is not None:
+            merge_into(decoder, read_adapter(adapter, config))
+        return config, decoder
     config = JambaConfig.load(folder)
-    return config, pack_while_reading(folder, config, scheme, dtype)
+    found = None if adapter is None else read_adapter(adapter, config)
+    return config, pack_while_reading(folder, config, scheme, dtype, adapter=found)
 
 
 def from_config(

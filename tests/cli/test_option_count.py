@@ -28,14 +28,20 @@ OPTIONS = {
     "jamba quantize": 7,
     # --quantize, here and below: trying a scheme must not need a second copy on the disk.
     # --draft, here and below, pays on some texts only; --chat and --system say what a prompt is.
-    "jamba generate": 23,
-    "jamba chat": 18,
-    "jamba score": 7,
+    # --adapter, too: what an adapter does must be seen before it is merged.
+    "jamba generate": 24,
+    "jamba chat": 19,
+    "jamba score": 8,
     "jamba bench": 11,
     "jamba train": 0,
     "jamba train run": 7,
     "jamba train plot": 2,
     "jamba train export": 2,
+    # --dry-run shows what would be trained.
+    "jamba finetune": 8,
+    "jamba adapter": 0,
+    "jamba adapter inspect": 1,
+    "jamba adapter merge": 3,
     "jamba data": 0,
     "jamba data prepare": 3,
     # --verify reads every byte of a corpus, which may be hundreds of gigabytes.

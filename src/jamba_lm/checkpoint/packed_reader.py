@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from jamba_lm.checkpoint.adapter import Adapter
 from jamba_lm.checkpoint.diagnosis import Mismatch, shown, shown_shape
 from jamba_lm.checkpoint.huggingface import (
     DTYPES,
@@ -92,6 +93,7 @@ def pack_while_reading(
     scheme: Scheme,
     dtype: str | torch.dtype = "auto",
     progress: Progress | None = None,
+    adapter: Adapter | None = None,
 ) -> Decoder:
     """Read an ordinary checkpoint folder into a quantised decoder, one tensor at a time.
 
@@ -104,6 +106,7 @@ def pack_while_reading(
         scheme: what to pack, and how.
         dtype: as in `read_packed_decoder`.
         progress: called with the parameters read, in values, and all of them.
+        adapter: added to each weight before that is packed.
 
     Raises:
         CheckpointError: the folder cannot be read, or a matrix holds NaN or infinity.
@@ -113,7 +116,7 @@ def pack_while_reading(
     decoder = weights.blank
     done, total = 0, sum(weights.num_values(own) for own in weights)
     for own in list(weights):
-        value = weights[own]
+        value = weights[own] if adapter is None else adapter.merged(own, weights[own])
         packing = scheme.packing(own, value.shape)
         if packing is None:
             # A copy: one tensor that stays in the map would keep all of it.

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Self
 import typer
 
 from jamba_lm.cli.options import (
+    AdapterOption,
     BackendOption,
     DtypeOption,
     JsonOption,
@@ -87,6 +88,7 @@ def chat(
     backend: BackendOption = None,
     dtype: DtypeOption = "auto",
     quantize: QuantizeOption = None,
+    adapter: AdapterOption = None,
     json_wanted: JsonOption = False,
 ) -> None:
     """Talk with a model. Each turn reads only what is new; /help lists what you can do.
@@ -113,7 +115,7 @@ def chat(
         raise InputError("--load and --system are both given: a kept conversation has its own")
     output = Output(json_wanted)
     tokenizer = load_tokenizer(folder)
-    language_model = open_model(model, dtype, backend, threads, quantize)
+    language_model = open_model(model, dtype, backend, threads, quantize, adapter)
     conversation = Conversation(
         language_model, tokenizer, system=system, draft=draft, prefill_tokens=prefill_tokens
     )

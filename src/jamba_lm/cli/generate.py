@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from jamba_lm.cli.options import (
+    AdapterOption,
     BackendOption,
     DtypeOption,
     JsonOption,
@@ -90,6 +91,7 @@ def generate(
     backend: BackendOption = None,
     dtype: DtypeOption = "auto",
     quantize: QuantizeOption = None,
+    adapter: AdapterOption = None,
     json_wanted: JsonOption = False,
 ) -> None:
     """Continue a text, printing it as it is generated.
@@ -126,7 +128,7 @@ def generate(
 
     started = time.perf_counter()
     tokenizer = load_tokenizer(folder)
-    language_model = open_model(model, dtype, backend, threads, quantize)
+    language_model = open_model(model, dtype, backend, threads, quantize, adapter)
     load_seconds = time.perf_counter() - started
     said = [{"role": "user", "content": text}]
     if system is not None:

@@ -14,11 +14,13 @@ from typing import Annotated, TextIO
 import typer
 
 from jamba_lm import __version__
+from jamba_lm.cli.adapter import app as adapter_app
 from jamba_lm.cli.bench import bench
 from jamba_lm.cli.chat import chat
 from jamba_lm.cli.convert import convert
 from jamba_lm.cli.data import app as data_app
 from jamba_lm.cli.doctor import doctor
+from jamba_lm.cli.finetune import finetune
 from jamba_lm.cli.generate import generate
 from jamba_lm.cli.init import init
 from jamba_lm.cli.inspect import inspect
@@ -75,6 +77,8 @@ app.command()(score)
 app.command()(bench)
 app.add_typer(data_app, name="data")
 app.add_typer(train_app, name="train")
+app.command()(finetune)
+app.add_typer(adapter_app, name="adapter")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -58,6 +58,15 @@ QuantizeOption = Annotated[
     ),
 ]
 
+AdapterOption = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="DIR",
+        help="An adapter in PEFT's format, added to the weights when they are read.",
+        show_default=False,
+    ),
+]
+
 
 def named_path(name: str) -> Path:
     """Return the path that MODEL or TOKENIZER names, whether or not something is there."""
@@ -104,9 +113,12 @@ def open_model(
     backend: str | None,
     threads: int | None,
     quantize: str | None = None,
+    adapter: Path | None = None,
 ) -> LanguageModel:
     """Load the model that MODEL names, to compute as the shared options say."""
     from jamba_lm.language_model import load
 
     use_threads(threads)
-    return load(model_folder(model), dtype=dtype, backend=backend, quantize=quantize)
+    return load(
+        model_folder(model), dtype=dtype, backend=backend, quantize=quantize, adapter=adapter
+    )

@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from jamba_lm.cli.options import (
+    AdapterOption,
     BackendOption,
     DtypeOption,
     JsonOption,
@@ -39,6 +40,7 @@ def score(
     backend: BackendOption = None,
     dtype: DtypeOption = "auto",
     quantize: QuantizeOption = None,
+    adapter: AdapterOption = None,
     json_wanted: JsonOption = False,
 ) -> None:
     """Say how well a model predicts a text: loss per token and bits per byte.
@@ -52,7 +54,7 @@ def score(
     output = Output(json_wanted)
     num_bytes = count_text_bytes(file)
     tokenizer = load_tokenizer(model_folder(model))
-    language_model = open_model(model, dtype, backend, threads, quantize)
+    language_model = open_model(model, dtype, backend, threads, quantize, adapter)
     started = time.perf_counter()
     with output.progress("scoring", num_bytes, "bytes") as progress:
 

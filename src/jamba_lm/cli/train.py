@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from contextlib import ExitStack
-from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -15,7 +12,7 @@ from jamba_lm.cli.options import BackendOption, JsonOption, ThreadsOption, use_t
 from jamba_lm.errors import InputError
 
 if TYPE_CHECKING:
-    from jamba_lm.cli.output import Output, Progress
+    from jamba_lm.cli.output import Output
     from jamba_lm.training.loop import Outcome, Resume
     from jamba_lm.training.processes import Processes
     from jamba_lm.training.recipe import Recipe
@@ -129,50 +126,20 @@ def _carry_out(
 ) -> Outcome:
     """Train, and show how far it has come."""
     from jamba_lm.analysis.machine_speed import product_speed
+    from jamba_lm.checkpoint.huggingface import DTYPES
+    from jamba_lm.cli.training_progress import TrainingProgress
     from jamba_lm.training.loop import train as carry_out
-    from jamba_lm.training.trained_model import DTYPES
 
     peak = None
     if processes.leads and processes.device.type == "cpu":
         peak = product_speed(DTYPES[recipe.training.dtype])
-    with ExitStack() as stack:
-
-        @cache
-        def line(first: int) -> Progress:
-            label = f"training from step {first:,}" if first else "training"
-            total = recipe.training.steps - first
-            return stack.enter_context(output.progress(label, total, "steps"))
-
-        first, rate = None, 0.0
-
-        def report(record: Mapping[str, Any]) -> None:
-            nonlocal first, rate
-            if record["event"] == "validation":
-                output.note(
-                    f"step {record['step']:,}: {record['bits_per_byte']:.4f} bits per byte on "
-                    f"{record['num_bytes']:,} held-out bytes"
-                )
-            elif record["event"] == "step":
-                first = record["step"] - 1 if first is None else first
-                now = record["tokens_per_second"]
-                rate = 0.95 * rate + 0.05 * now if rate else now
-                if "spike" in record:
-                    output.note(
-                        f"step {record['step']:,}: the loss spiked to {record['loss']:.3f}, "
-                        f"{record['spike']}"
-                    )
-                line(first).update(
-                    record["step"] - first,
-                    f"{rate:,.0f} tokens/s, loss {record['loss']:.3f}, "
-                    f"balance {record['balance_loss']:.3f}",
-                )
-
+    with TrainingProgress(output, recipe.training.steps) as shown:
         return carry_out(
             recipe,
             out,
             resume=mode,
             backend=backend,
-            report=report,
+            report=shown.report,
             peak_flops=peak,
             processes=processes,
         )

@@ -56,16 +56,19 @@ def quantize_decoder(decoder: Decoder, scheme: Scheme, progress: Progress | None
             progress(done, total)
 
 
-def dequantize_decoder(decoder: Decoder, dtype: torch.dtype | None = None) -> None:
+def dequantize_decoder(
+    decoder: Decoder, dtype: torch.dtype | None = None, *, layers: bool = True
+) -> None:
     """Put plain matrices back, in place: what the packed ones stand for, rounded to `dtype`.
 
     Args:
         decoder: may be quantised or not.
         dtype: of these matrices; that of the model's other weights when None.
+        layers: also those inside the layers; otherwise embedding and head alone.
     """
     dtype = decoder.final_norm.weight.dtype if dtype is None else dtype
     for name, module in list(decoder.named_modules()):
-        if isinstance(module, PACKED):
+        if isinstance(module, PACKED) and (layers or not name.startswith("blocks.")):
             if name == "head" and decoder.config.tie_embeddings:
                 decoder.head = None
                 continue

@@ -18,6 +18,8 @@ from typing import Any
 from jamba_lm.errors import InputError, TokenizerError
 from jamba_lm.files import path_kind
 from jamba_lm.gguf_file import is_gguf
+from jamba_lm.text.answers import ChatPart, answer_spans
+from jamba_lm.text.chat_rendering import Rendering, prepare
 from jamba_lm.text.chat_template import (
     ChatTemplate,
     Message,
@@ -26,7 +28,7 @@ from jamba_lm.text.chat_template import (
     plain_data,
     template_sources,
 )
-from jamba_lm.text.control_tokens import TAG, AddedTokenFinder, unused_mark
+from jamba_lm.text.control_tokens import TAG, AddedTokenFinder
 from jamba_lm.text.decoding import TextStream as TextStream
 from jamba_lm.text.gguf_tokenizer import open_documents
 from jamba_lm.text.special_tokens import (
@@ -206,19 +208,75 @@ class Tokenizer:
             InputError: the messages are malformed, or the template refuses them.
             TokenizerError: there is no template, or it fails or exceeds its bounds.
         """
-        checked = check_messages(messages)
-        schemas = None if tools is None else plain_data(list(tools), "tools")
-        values = plain_data(dict(variables or {}), "template variables")
-        mark = unused_mark([checked, schemas, values])
-        text = self._template().render(
-            [self._disarmed_message(message, mark) for message in checked],
-            add_generation_prompt=add_generation_prompt,
-            tools=self._disarmed(schemas, mark),
-            variables=self._disarmed(values, mark),
-            now=now,
-        )
+        rendering = self._rendering(messages, tools, variables, now)
+        text = rendering.text(len(messages), add_generation_prompt)
         _check_characters(text)
-        return self._with_bos(self._ids(self._every_added, text, mark), add_bos)
+        return self._with_bos(self._ids(self._every_added, text, rendering.mark), add_bos)
+
+    def chat_parts(
+        self,
+        messages: Sequence[Message],
+        *,
+        last_only: bool = False,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        variables: Mapping[str, Any] | None = None,
+        now: Callable[[], datetime] = datetime.now,
+    ) -> list[ChatPart]:
+        """Return the ids of a conversation to learn from, cut where answers start and end.
+
+        Each part is tokenized apart, as it is when a model is asked: the prompt first, and then
+        what it writes. So it is exactly known which tokens are answers, also where white space of
+        both sides would have become one token.
+
+        Arguments and errors are those of `chat_ids`, and: with `last_only` only the last answer is
+        to be learned; a TokenizerError also says that answers cannot be told from the rest.
+        """
+        rendering = self._rendering(messages, tools, variables, now)
+        whole = rendering.text(len(messages), False)
+        _check_characters(whole)
+        roles = [str(message["role"]) for message in messages]
+
+        def ids(start: int, end: int) -> list[int]:
+            text = whole[start:end]
+            return self._ids(self._every_added, text, rendering.mark, inside=start > 0)
+
+        parts, done = [], 0
+        for start, end in answer_spans(whole, roles, rendering.text, last_only=last_only):
+            before, answer = ids(done, start), ids(start, end)
+            parts.append(ChatPart(before if done else self._with_bos(before, None), 0))
+            # White space behind the token that ends a turn is the template's, not the model's.
+            ends = [at for at, one in enumerate(answer, 1) if one in self._control_ids]
+            parts.append(ChatPart(answer, ends[-1] if ends else len(answer)))
+            done = end
+        return [part for part in [*parts, ChatPart(ids(done, len(whole)), 0)] if part.ids]
+
+    def encode_parts(self, texts: Sequence[str]) -> list[list[int]]:
+        """Return the ids of texts that follow one another, no token reaching from one to the next.
+
+        The first has the BOS in front, if the tokenizer puts one there. See `encode`.
+        """
+        ids = []
+        for number, text in enumerate(texts):
+            _check_characters(text)
+            ids.append(self._ids(self._plain_added, text, inside=number > 0))
+        return [self._with_bos(ids[0], None), *ids[1:]]
+
+    def _rendering(
+        self,
+        messages: Sequence[Message],
+        tools: Sequence[Mapping[str, Any]] | None,
+        variables: Mapping[str, Any] | None,
+        now: Callable[[], datetime],
+    ) -> Rendering:
+        return prepare(
+            self._template(),
+            messages,
+            tools=tools,
+            variables=variables,
+            now=now,
+            controls=self._controls,
+            answer_markup=self._answer_markup,
+        )
 
     def _template(self) -> ChatTemplate:
         if self.chat_template is None:
@@ -227,23 +285,6 @@ class Tokenizer:
                 "chat_template.jinja beside tokenizer.json"
             )
         return self.chat_template
-
-    def _disarmed_message(self, message: dict[str, Any], mark: str) -> dict[str, Any]:
-        allowed = self._answer_markup if message["role"] == "assistant" else frozenset()
-        return self._disarmed(message, mark, allowed)
-
-    def _disarmed(self, value: Any, mark: str, allowed: frozenset[str] = frozenset()) -> Any:
-        """Return plain data with every text in it disarmed, keys included."""
-        if isinstance(value, str):
-            return self._controls.disarmed(value, mark, allowed)
-        if isinstance(value, dict):
-            return {
-                self._controls.disarmed(key, mark, allowed): self._disarmed(one, mark, allowed)
-                for key, one in value.items()
-            }
-        if isinstance(value, list):
-            return [self._disarmed(one, mark, allowed) for one in value]
-        return value
 
     def _with_bos(self, ids: list[int], add_bos: bool | None) -> list[int]:
         if not (self.add_bos if add_bos is None else add_bos):
@@ -254,15 +295,20 @@ class Tokenizer:
             )
         return ids if ids[:1] == [self.bos_id] else [self.bos_id, *ids]
 
-    def _ids(self, finder: AddedTokenFinder, text: str, mark: str = "") -> list[int]:
-        """Return the ids of `text`; `mark` is taken out once the added tokens are found."""
+    def _ids(
+        self, finder: AddedTokenFinder, text: str, mark: str = "", *, inside: bool = False
+    ) -> list[int]:
+        """Return the ids of `text`; `mark` is taken out once the added tokens are found.
+
+        `inside` says that other text stands before it.
+        """
         ids: list[int] = []
         for place, piece in finder.split(text):
             if isinstance(piece, AddedToken):
                 ids.append(piece.id)
                 continue
             piece = piece.replace(mark, "") if mark else piece
-            library = self._file.inside if place else self._file.start
+            library = self._file.inside if place or inside else self._file.start
             with library_errors("encode the text"):
                 spelled = library.encode(piece, add_special_tokens=False).ids
             ids += spelled if self._control_ids.isdisjoint(spelled) else self._respelled(spelled)

@@ -11,13 +11,12 @@ from pathlib import Path
 
 from torch import Tensor
 
-from jamba_lm.checkpoint.huggingface import write_decoder
+from jamba_lm.checkpoint.huggingface import DTYPES, write_decoder
 from jamba_lm.errors import InputError
 from jamba_lm.training.checkpointing import checkpoints, read_checkpoint
 from jamba_lm.training.optimizer import PARTS
 from jamba_lm.training.recipe import Recipe
 from jamba_lm.training.run_text import tokenizer_folder
-from jamba_lm.training.trained_model import DTYPES
 
 
 def export_weights(recipe: Recipe, masters: Mapping[str, Tensor], folder: Path) -> None:

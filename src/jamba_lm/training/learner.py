@@ -16,8 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from jamba_lm.corpus.mixture import MixedStream
-from jamba_lm.data import PackedBatch, PackedStream
+from jamba_lm.data import PackedBatch
 from jamba_lm.errors import DataError, RecipeError
 from jamba_lm.kernels import ops
 from jamba_lm.model.decoder import Decoder
@@ -26,11 +25,12 @@ from jamba_lm.training.activation_loss import ActivationLoss
 from jamba_lm.training.balance import Selections, count_selections, share_of_balance_loss
 from jamba_lm.training.checkpointing import Progress, SavedRun
 from jamba_lm.training.optimizer import learning_rate_at, whole_norm
-from jamba_lm.training.recipe import Recipe
+from jamba_lm.training.pretraining import fresh_start
+from jamba_lm.training.recipe import Recipe, RunRecipe
 from jamba_lm.training.recompute import recompute_layers
 from jamba_lm.training.run_folder import machine_record
-from jamba_lm.training.run_text import RunText
 from jamba_lm.training.spikes import is_spike, remembered
+from jamba_lm.training.task import Start, Stream
 from jamba_lm.training.together import ALONE, Together
 from jamba_lm.training.trained_model import Rows, make_model
 from jamba_lm.training.validation import Validation, validate
@@ -49,7 +49,7 @@ logger = logging.getLogger(__name__)
 KERNELS = ("causal_conv", "selective_scan", "attention")
 
 
-def plain_sections(recipe: Recipe) -> dict[str, dict[str, Any]]:
+def plain_sections(recipe: RunRecipe) -> dict[str, dict[str, Any]]:
     """Return the recipe's sections as JSON keeps them."""
     return {
         section: {
@@ -97,7 +97,12 @@ class Learner:
     """A model, its optimizer and its data: what one step of training needs and changes."""
 
     def __init__(
-        self, recipe: Recipe, backend: str | None, cache: Path, together: Together = ALONE
+        self,
+        recipe: RunRecipe,
+        backend: str | None,
+        cache: Path,
+        together: Together = ALONE,
+        start: Start | None = None,
     ) -> None:
         """Read the data and make the model that training starts from.
 
@@ -106,6 +111,7 @@ class Learner:
             backend: kernel back-end by name, or None.
             cache: folder to keep tokenized text in.
             together: the processes that share the work.
+            start: what to start from; None takes fresh weights, and the text that the recipe names.
 
         Raises:
             RecipeError: the tokenizer has more tokens than the model.
@@ -115,11 +121,13 @@ class Learner:
         self.backend = backend
         self.progress = Progress()
         self._together = together
-        # The first process tokenizes, the others then find what it has kept.
-        self._text = together.processes.leader_first(lambda: RunText(recipe, cache))
+        if start is None:
+            assert isinstance(recipe, Recipe), "only a Recipe says how fresh weights are made"
+            start = fresh_start(recipe, cache)
+        self._start, self._text = start, start.text
         self._stream = self._open_stream()
 
-        self._model = make_model(recipe, together)
+        self._model = make_model(recipe, together, start.decoder)
         self.decoder, self.optimizer = self._model.decoder, self._model.optimizer
         self._workers = self._model.workers
         self._activation: list[ActivationLoss] = []
@@ -129,7 +137,7 @@ class Learner:
             if recipe.training.recompute_layers:
                 recompute_layers(decoder)
 
-    def _open_stream(self) -> PackedStream | MixedStream:
+    def _open_stream(self) -> Stream:
         return self._text.open_stream(
             self.progress.position, self._together.reader, self._together.readers
         )
@@ -143,6 +151,7 @@ class Learner:
             "seed": self.recipe.training.seed,
             "parameters": sum(p.numel() for p in self.decoder.parameters()),
             "processes": self._together.processes.count,
+            **(self._start.record or {}),
             **self._text.record(),
         }
 
@@ -269,8 +278,12 @@ class Learner:
         )
         size = len(self._workers.decoders)
         passes: list[_Pass] = []
+        done = self.progress.steps_done * self.recipe.training.accumulate
         for first in range(0, len(work), size):
-            together = list(enumerate(work[first : first + size]))
+            together = [
+                (done + first + worker, worker, rows)
+                for worker, rows in enumerate(work[first : first + size])
+            ]
             self._model.announce_pass(last=first + size >= len(work))
             passes += self._workers.run(
                 lambda decoder, item: self._backward(decoder, item, share, watch), together
@@ -316,12 +329,14 @@ class Learner:
         return rows.routing
 
     def _backward(
-        self, decoder: Decoder, item: tuple[int, Rows], share: _Share, watch: bool
+        self, decoder: Decoder, item: tuple[int, int, Rows], share: _Share, watch: bool
     ) -> _Pass:
         """Leave a batch's gradient in `decoder`; return its shares of the losses."""
-        number, rows = item
+        number, worker, rows = item
+        if self._start.before_pass is not None:
+            self._start.before_pass(decoder, number)
         recipe, maxima = self.recipe, Maxima()
-        activation = self._activation[number] if self._activation else None
+        activation = self._activation[worker] if self._activation else None
         rows_share = len(rows.ids_M) / share.num_rows
         if activation is not None:
             activation.begin(rows_share)
@@ -335,7 +350,7 @@ class Learner:
         taken = loads(rows.routing) if watch else []
         if rows.routing:
             balance = self._balance(rows.routing, share)
-            total = total + recipe.model.aux_loss_coef * balance
+            total = total + decoder.config.aux_loss_coef * balance
             losses["balance_loss"] = balance.item()
         if recipe.loss.z_coef:
             losses["z_loss"] = sums.squares.item() / share.num_targets
@@ -369,10 +384,9 @@ class Learner:
     def validate(self) -> Validation:
         """Read the held-out documents."""
         found = validate(
-            self._text.held_out,
+            self._text.validation_batches(),
             self._predict,
-            sequence_tokens=self.recipe.data.sequence_tokens,
-            batch_tokens=self.recipe.training.batch_tokens,
+            num_bytes=self._text.validation_bytes,
             together=self._together,
         )
         self._model.give_up_gathered()

@@ -22,14 +22,16 @@ from jamba_lm.errors import InputError, RecipeError
 from jamba_lm.files import make_folder, write_atomic
 from jamba_lm.kernels import ops
 from jamba_lm.training.checkpointing import Progress, SavedRun, checkpoints, read_checkpoint
-from jamba_lm.training.export import export_newest, export_weights
+from jamba_lm.training.export import export_newest
 from jamba_lm.training.learner import Learner, plain_sections
 from jamba_lm.training.optimizer import MasterAdamW
+from jamba_lm.training.pretraining import Pretraining
 from jamba_lm.training.processes import Processes
-from jamba_lm.training.recipe import Recipe
+from jamba_lm.training.recipe import SECTIONS, Recipe, RunRecipe
 from jamba_lm.training.recipe_record import check_continuation, to_toml
 from jamba_lm.training.run_folder import RunLog, only_run_in, write_record
 from jamba_lm.training.saving import SharedSaver, SoloSaver
+from jamba_lm.training.task import Task
 from jamba_lm.training.tensorboard_log import TensorBoardLog
 from jamba_lm.training.together import Together
 from jamba_lm.training.utilization import training_flops
@@ -50,7 +52,7 @@ class Outcome:
         finished: whether all steps were taken; otherwise it was asked to stop, and saved.
         progress: how far the run has come.
         validation: of the last step; None when it was stopped before.
-        model_folder: the exported Hugging Face folder; None when it was stopped before the end.
+        model_folder: the exported folder; None when it was stopped before the end.
     """
 
     finished: bool
@@ -60,9 +62,11 @@ class Outcome:
 
 
 def train(
-    recipe: Recipe,
+    recipe: RunRecipe,
     folder: Path,
     *,
+    task: Task | None = None,
+    kinds: Mapping[str, type[Any]] = SECTIONS,
     resume: Resume = "never",
     backend: str | None = None,
     report: Report = lambda record: None,
@@ -78,6 +82,8 @@ def train(
     Args:
         recipe: what to do.
         folder: made when missing.
+        task: where the run starts and what it leaves; None makes a model of fresh weights.
+        kinds: the classes of the recipe's sections, by name.
         resume: "never" refuses a folder that holds a run, "always" one that holds none.
         backend: kernel back-end by name; None takes the fastest that can.
         report: told of every record of the log.
@@ -98,14 +104,19 @@ def train(
     """
     processes = processes or Processes()
     processes.all_or_none(lambda: _check(recipe, backend, processes))
+    if task is None:
+        assert isinstance(recipe, Recipe), "only a Recipe says how fresh weights are made"
+        task = Pretraining(recipe)
     with ExitStack() as stack:
         lock = only_run_in(folder) if processes.leads else nullcontext()
         processes.all_or_none(lambda: stack.enter_context(lock))
         saved = processes.all_or_none(lambda: _find_run(folder, resume))
         changed = processes.all_or_none(
-            lambda: check_continuation(saved.recipe, plain_sections(recipe)) if saved else []
+            lambda: check_continuation(saved.recipe, plain_sections(recipe), kinds) if saved else []
         )
-        learner = Learner(recipe, backend, folder, Together(processes, recipe.parallel))
+        # The first process tokenizes, the others then find what it has kept.
+        start = processes.leader_first(lambda: task.start(folder))
+        learner = Learner(recipe, backend, folder, Together(processes, recipe.parallel), start)
         if saved:
             processes.all_or_none(lambda: learner.restore(saved))
         log = processes.all_or_none(lambda: _open_log(stack, recipe, folder, learner, processes))
@@ -116,13 +127,19 @@ def train(
                 board = TensorBoardLog(folder, learner.progress.steps_done)
                 told.append(stack.enter_context(board).write)
         stop = stack.enter_context(_stop_signals(once=processes.count == 1))
-        return _Run(recipe, folder, learner, processes, log, stop, told, peak_flops).go(changed)
+        run = _Run(recipe, folder, learner, task, processes, log, stop, told, peak_flops)
+        return run.go(changed)
 
 
-def _check(recipe: Recipe, backend: str | None, processes: Processes) -> None:
+def _check(recipe: RunRecipe, backend: str | None, processes: Processes) -> None:
     ops.require(backend)
     layout, workers = recipe.parallel, recipe.training.workers
-    layout.validate(recipe.model, processes.count)
+    if isinstance(recipe, Recipe):
+        layout.validate(recipe.model, processes.count)
+    elif processes.count > 1:
+        raise RecipeError(
+            f"fine-tuning runs in one process, not in {processes.count}: start it without torchrun"
+        )
     if workers > 1 and processes.spread:
         raise RecipeError(
             f"training.workers is {workers}, but workers share the CPU threads of one process: "
@@ -136,7 +153,7 @@ def _check(recipe: Recipe, backend: str | None, processes: Processes) -> None:
 
 
 def _open_log(
-    stack: ExitStack, recipe: Recipe, folder: Path, learner: Learner, processes: Processes
+    stack: ExitStack, recipe: RunRecipe, folder: Path, learner: Learner, processes: Processes
 ) -> RunLog | None:
     """Write down what is run, and open its log; both in the first process only."""
     if not processes.leads:
@@ -168,9 +185,10 @@ class _Run:
 
     def __init__(
         self,
-        recipe: Recipe,
+        recipe: RunRecipe,
         folder: Path,
         learner: Learner,
+        task: Task,
         processes: Processes,
         log: RunLog | None,
         stop: threading.Event,
@@ -180,6 +198,7 @@ class _Run:
         self._recipe = recipe
         self._folder = folder
         self._learner = learner
+        self._task = task
         self._processes = processes
         self._log = log
         self._stop = stop
@@ -238,7 +257,7 @@ class _Run:
             "tokens_per_second": round(tokens / seconds, 1),
         }
         if self._peak is not None:
-            flops = training_flops(self._recipe.model, tokens)
+            flops = training_flops(self._learner.decoder.config, tokens)
             speed["mfu"] = round(flops / seconds / self._peak, 4)
         self._note({**record, **speed})
         for one in more:
@@ -296,11 +315,12 @@ class _Run:
         self._saved_step, self._saved_at = saved.progress.steps_done, time.monotonic()
 
     def _export(self) -> Path:
-        folder = self._folder / "model"
+        folder = self._folder / self._task.output
         optimizer = self._learner.optimizer
         if isinstance(optimizer, MasterAdamW):
-            export_weights(self._recipe, optimizer.masters(), folder)
+            self._task.export(optimizer, folder)
         elif self._processes.leads:
+            assert isinstance(self._recipe, Recipe), "`_check` lets no other kind be spread"
             export_newest(self._recipe, self._folder, folder)
         return folder
 

@@ -112,12 +112,13 @@ class MasterAdamW:
         """Take the values of `decoder` as the first master weights.
 
         Args:
-            decoder: its parameters are overwritten after every step.
+            decoder: its parameters that require a gradient are overwritten after every step; the
+                others have no master weights and stay.
             settings: the recipe's optimizer section.
         """
         self._settings = settings
         self._spread: Spread = one_by_one
-        named = list(decoder.named_parameters())
+        named = [one for one in decoder.named_parameters() if one[1].requires_grad]
         # Decaying parameters first, so that few shards end before they are full.
         named.sort(key=lambda item: not decays(*item))
         self._copies = [[parameter for _, parameter in named]]

@@ -148,11 +148,9 @@ class CheckpointSection:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Recipe:
-    """Everything that a run needs to know."""
+class RunRecipe:
+    """What every kind of training run needs to know, whatever it starts from and reads."""
 
-    model: JambaConfig
-    data: DataSection
     training: TrainingSection
     optimizer: OptimizerSection = field(default_factory=OptimizerSection)
     schedule: ScheduleSection = field(default_factory=ScheduleSection)
@@ -161,6 +159,18 @@ class Recipe:
     validation: ValidationSection = field(default_factory=ValidationSection)
     checkpoint: CheckpointSection = field(default_factory=CheckpointSection)
     parallel: ParallelLayout = field(default_factory=ParallelLayout)
+
+    def to_dict(self) -> dict[str, dict[str, Any]]:
+        """Return plain sections, as a recipe file has them, with nothing left to a default."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Recipe(RunRecipe):
+    """Everything that a run from fresh weights needs to know."""
+
+    model: JambaConfig
+    data: DataSection
 
     def to_dict(self) -> dict[str, dict[str, Any]]:
         """Return plain sections, as a recipe file has them, with nothing left to a default."""

@@ -16,7 +16,32 @@ from jamba_lm.config import JambaConfig
 from jamba_lm.errors import ConfigError, RecipeError
 from jamba_lm.presets import preset
 from jamba_lm.recipe_sections import assign, read_sections
-from jamba_lm.training.recipe import CHOICES, RANGES, SECTIONS, DataSection, Recipe
+from jamba_lm.training.recipe import (
+    CHOICES,
+    RANGES,
+    SECTIONS,
+    DataSection,
+    Recipe,
+    RunRecipe,
+)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Rules:
+    """What the values of a kind of recipe may be, by `section.key`.
+
+    Attributes:
+        ranges: of every number, ends included.
+        choices: of texts that are no free ones.
+        texts: what a text or a list is, where it is not a path.
+    """
+
+    ranges: Mapping[str, tuple[float, float]]
+    choices: Mapping[str, tuple[str, ...]]
+    texts: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+
+TRAINING_RULES = Rules(RANGES, CHOICES)
 
 
 def load_recipe(path: Path, assignments: Iterable[str] = ()) -> Recipe:
@@ -38,12 +63,11 @@ def build_recipe(sections: Mapping[str, Any], folder: Path) -> Recipe:
     Raises:
         RecipeError: as in `load_recipe`.
     """
-    _check_keys(sections, ["model", *SECTIONS], "section")
-    for name, value in sections.items():
-        if not isinstance(value, Mapping):
-            raise RecipeError(f"[{name}] must be a table, but the recipe says {shown(value)}")
+    check_keys(sections, ["model", *SECTIONS], "section")
+    check_tables(sections)
     built = {
-        name: _build_section(name, kind, sections.get(name, {})) for name, kind in SECTIONS.items()
+        name: build_section(name, kind, sections.get(name, {}), TRAINING_RULES)
+        for name, kind in SECTIONS.items()
     }
     built["data"] = dataclasses.replace(
         built["data"],
@@ -73,20 +97,35 @@ def _build_model(values: Mapping[str, Any]) -> JambaConfig:
         raise RecipeError(f"[model]: {' '.join(str(cause).split())[:200]}") from cause
 
 
-def _build_section(name: str, kind: type[Any], values: Mapping[str, Any]) -> Any:
+def check_tables(sections: Mapping[str, Any]) -> None:
+    """Refuse a section that is no table."""
+    for name, value in sections.items():
+        if not isinstance(value, Mapping):
+            raise RecipeError(f"[{name}] must be a table, but the recipe says {shown(value)}")
+
+
+def build_section(name: str, kind: type[Any], values: Mapping[str, Any], rules: Rules) -> Any:
+    """Make a section of its plain values.
+
+    Raises:
+        RecipeError: a key is unknown or missing, or a value of the wrong kind or out of range.
+    """
     fields = {one.name: one for one in dataclasses.fields(kind)}
-    _check_keys(values, list(fields), f"key in [{name}]")
+    check_keys(values, list(fields), f"key in [{name}]")
     for key, one in fields.items():
         if one.default is dataclasses.MISSING and key not in values:
-            raise RecipeError(f"[{name}] needs {key}: {_expected(f'{name}.{key}', str(one.type))}")
+            raise RecipeError(
+                f"[{name}] needs {key}: {_expected(f'{name}.{key}', str(one.type), rules)}"
+            )
     checked = {
-        key: _check_value(f"{name}.{key}", str(fields[key].type), value)
+        key: _check_value(f"{name}.{key}", str(fields[key].type), value, rules)
         for key, value in values.items()
     }
     return kind(**checked)
 
 
-def _check_keys(given: Iterable[object], known: list[str], what: str) -> None:
+def check_keys(given: Iterable[object], known: list[str], what: str) -> None:
+    """Refuse a name that is not known, naming the closest that is."""
     for key in given:
         if key not in known:
             close = difflib.get_close_matches(str(key), known, n=1)
@@ -94,22 +133,22 @@ def _check_keys(given: Iterable[object], known: list[str], what: str) -> None:
             raise RecipeError(f"unknown {what}: {shown(key)}{hint}")
 
 
-def _check_value(name: str, kind: str, value: Any) -> Any:
+def _check_value(name: str, kind: str, value: Any, rules: Rules) -> Any:
     if kind.startswith("tuple"):
         good = isinstance(value, (list, tuple)) and all(_is_text(one) for one in value)
         if good and value:
             return tuple(value)
     elif kind == "str":
-        if _is_text(value) and value in CHOICES.get(name, (value,)):
+        if _is_text(value) and value in rules.choices.get(name, (value,)):
             return value
     elif kind == "bool":
         if isinstance(value, bool):
             return value
     elif not isinstance(value, bool) and isinstance(value, int if kind == "int" else (int, float)):
-        low, high = RANGES[name]
+        low, high = rules.ranges[name]
         if math.isfinite(value) and low <= value <= high:
             return value if kind == "int" else float(value)
-    raise RecipeError(f"{name} is {shown(value)}: expected {_expected(name, kind)}")
+    raise RecipeError(f"{name} is {shown(value)}: expected {_expected(name, kind, rules)}")
 
 
 def _is_text(value: object) -> bool:
@@ -117,14 +156,16 @@ def _is_text(value: object) -> bool:
     return isinstance(value, str) and bool(value) and "\0" not in value
 
 
-def _expected(name: str, kind: str) -> str:
+def _expected(name: str, kind: str, rules: Rules) -> str:
+    if name in rules.texts:
+        return rules.texts[name]
     if kind.startswith("tuple"):
         return "a list of paths, at least one"
     if kind == "str":
-        return " or ".join(map(repr, CHOICES[name])) if name in CHOICES else "a path"
+        return " or ".join(map(repr, rules.choices[name])) if name in rules.choices else "a path"
     if kind == "bool":
         return "true or false"
-    low, high = RANGES[name]
+    low, high = rules.ranges[name]
     return f"{'a whole number' if kind == 'int' else 'a number'} from {low:g} to {high:g}"
 
 
@@ -143,8 +184,9 @@ def _check_text(data: DataSection) -> None:
         )
     if not data.prepared and len(given) < 3:
         missing = next(key for key in ("train", "validation", "tokenizer") if key not in given)
+        expected = _expected(f"data.{missing}", _DATA_KINDS[missing], TRAINING_RULES)
         raise RecipeError(
-            f"[data] needs {missing}: {_expected(f'data.{missing}', _DATA_KINDS[missing])}; or "
+            f"[data] needs {missing}: {expected}; or "
             "prepared: a folder that `jamba data prepare` has written"
         )
 
@@ -153,16 +195,29 @@ _DATA_KINDS = {"train": "tuple", "validation": "tuple", "tokenizer": "str"}
 
 
 def _check_together(recipe: Recipe) -> None:
-    training, schedule = recipe.training, recipe.schedule
     _check_text(recipe.data)
+    check_run(recipe, recipe.data.sequence_tokens)
+
+
+def check_run(recipe: RunRecipe, sequence_tokens: int) -> None:
+    """Check what any kind of run must keep to.
+
+    Args:
+        recipe: of any kind.
+        sequence_tokens: of the longest piece that it reads.
+
+    Raises:
+        RecipeError: values that contradict one another.
+    """
+    training, schedule = recipe.training, recipe.schedule
     if training.workers > training.accumulate:
         raise RecipeError(
             f"training.workers is {training.workers} and training.accumulate "
             f"{training.accumulate}: each worker needs a pass of its own, so raise accumulate"
         )
-    if recipe.data.sequence_tokens > training.batch_tokens:
+    if sequence_tokens > training.batch_tokens:
         raise RecipeError(
-            f"data.sequence_tokens is {recipe.data.sequence_tokens:,} and training.batch_tokens "
+            f"data.sequence_tokens is {sequence_tokens:,} and training.batch_tokens "
             f"{training.batch_tokens:,}: a batch must hold at least one whole sequence"
         )
     used = schedule.decay_steps if schedule.kind == "warmup-stable-decay" else 0

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from jamba_lm.errors import RecipeError
-from jamba_lm.training.recipe import SECTIONS, Recipe
+from jamba_lm.training.recipe import SECTIONS, RunRecipe
 from jamba_lm.training.recipe_file import shown
 
 # What may differ between a run and its continuation: how long it goes on, how it is watched, and
@@ -30,7 +30,7 @@ CHANGEABLE = (
 )
 
 
-def to_toml(recipe: Recipe) -> str:
+def to_toml(recipe: RunRecipe) -> str:
     """Write a recipe out in full, so that reading it gives the same recipe."""
     lines = []
     for name, values in recipe.to_dict().items():
@@ -57,8 +57,17 @@ def _toml(value: Any) -> str:
     return repr(value)
 
 
-def check_continuation(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+def check_continuation(
+    before: Mapping[str, Any],
+    now: Mapping[str, Any],
+    kinds: Mapping[str, type[Any]] = SECTIONS,
+) -> list[str]:
     """Compare the sections of a run with those it is to be continued with.
+
+    Args:
+        before: as the run to resume has them.
+        now: as the recipe has them.
+        kinds: the sections' classes, by name.
 
     Returns:
         The names of what differs and may.
@@ -66,8 +75,8 @@ def check_continuation(before: Mapping[str, Any], now: Mapping[str, Any]) -> lis
     Raises:
         RecipeError: something differs that would make it another run.
     """
-    before = _with_defaults(before)
-    now = _with_defaults(now)
+    before = _with_defaults(before, kinds)
+    now = _with_defaults(now, kinds)
     if _readers(before) != _readers(now):
         _check_passes(before, now)
     changed = []
@@ -89,7 +98,8 @@ def check_continuation(before: Mapping[str, Any], now: Mapping[str, Any]) -> lis
 
 
 def _readers(sections: Mapping[str, Any]) -> int:
-    return int(sections["parallel"]["replicate"] * sections["parallel"]["shard"])
+    layout = sections.get("parallel", {})
+    return int(layout.get("replicate", 1) * layout.get("shard", 1))
 
 
 def _check_passes(before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
@@ -110,10 +120,10 @@ def _check_passes(before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
         )
 
 
-def _with_defaults(sections: Mapping[str, Any]) -> dict[str, Any]:
+def _with_defaults(sections: Mapping[str, Any], kinds: Mapping[str, type[Any]]) -> dict[str, Any]:
     """Fill in what a run of an earlier version did not say: it did what is now the default."""
     filled = {name: dict(values) for name, values in sections.items()}
-    for name, kind in SECTIONS.items():
+    for name, kind in kinds.items():
         values = filled.setdefault(name, {})
         for one in dataclasses.fields(kind):
             if one.default is not dataclasses.MISSING:

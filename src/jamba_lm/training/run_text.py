@@ -5,12 +5,19 @@ Knows recipes and text, and nothing of models and steps.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from jamba_lm.corpus.mixture import MixedPosition, MixedStream
 from jamba_lm.corpus.training_text import TrainingText
-from jamba_lm.data import PackedStream, Position, TokenizedDocuments
+from jamba_lm.data import (
+    PackedBatch,
+    PackedStream,
+    Position,
+    TokenizedDocuments,
+    validation_batches,
+)
 from jamba_lm.errors import DataError, RecipeError
 from jamba_lm.text.tokenizer import load_tokenizer
 from jamba_lm.training.recipe import Recipe
@@ -67,6 +74,19 @@ class RunText:
         )
         self.fingerprint = self._documents.fingerprint()
 
+    @property
+    def validation_bytes(self) -> int:
+        """UTF-8 bytes of the held-out documents."""
+        return int(self.held_out.num_bytes.sum())
+
+    def validation_batches(self) -> Iterator[PackedBatch]:
+        """Yield the held-out documents, cut into pieces of the recipe's length."""
+        return validation_batches(
+            self.held_out,
+            sequence_tokens=self._recipe.data.sequence_tokens,
+            batch_tokens=self._recipe.training.batch_tokens,
+        )
+
     def open_stream(
         self, position: Position | MixedPosition | None, reader: int = 0, readers: int = 1
     ) -> PackedStream | MixedStream:
@@ -116,7 +136,7 @@ class RunText:
             "training_tokens": self._documents.num_tokens,
             "training_fingerprint": self.fingerprint,
             "validation_documents": len(self.held_out),
-            "validation_bytes": int(self.held_out.num_bytes.sum()),
+            "validation_bytes": self.validation_bytes,
         }
 
 

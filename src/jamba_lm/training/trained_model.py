@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, cast
 import torch
 from torch import Tensor
 
+from jamba_lm.checkpoint.huggingface import DTYPES
 from jamba_lm.data import IGNORED, PackedBatch
 from jamba_lm.model.batch import Batch
 from jamba_lm.model.decoder import Decoder
@@ -20,7 +21,7 @@ from jamba_lm.model.initialization import initialize
 from jamba_lm.model.routing import Routing, RoutingLog
 from jamba_lm.training.loss import SummedLosses, summed_losses
 from jamba_lm.training.optimizer import MasterAdamW
-from jamba_lm.training.recipe import Recipe
+from jamba_lm.training.recipe import RunRecipe
 from jamba_lm.training.together import Together
 from jamba_lm.training.validation import output_weight
 from jamba_lm.training.workers import Workers
@@ -28,8 +29,6 @@ from jamba_lm.training.workers import Workers
 if TYPE_CHECKING:
     from jamba_lm.training.sharded_optimizer import ShardedAdamW
     from jamba_lm.training.sharding import ShardedDecoder
-
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -107,26 +106,31 @@ class TrainedModel:
             self.sharded.give_up_gathered()
 
 
-def make_model(recipe: Recipe, together: Together) -> TrainedModel:
+def make_model(recipe: RunRecipe, together: Together, decoder: Decoder) -> TrainedModel:
     """Make the model that training starts from.
+
+    Args:
+        recipe: how it is trained.
+        together: the processes that share the work; several take a decoder without values only.
+        decoder: what is trained; on the meta device it is given fresh values.
 
     Raises:
         ProcessError: torch is too old for several processes.
     """
-    with torch.device("meta"):
-        decoder = Decoder(recipe.model)
-    dtype, seed = DTYPES[recipe.training.dtype], recipe.training.seed
+    fresh = all(parameter.is_meta for parameter in decoder.parameters())
     if together.processes.spread:
+        assert fresh, "values are drawn where they are needed"
         return _sharded_model(recipe, together, decoder)
-    initialize(decoder, seed)
+    if fresh:
+        initialize(decoder, recipe.training.seed)
     optimizer = MasterAdamW(decoder, recipe.optimizer)
-    decoder.to(dtype)
+    decoder.to(DTYPES[recipe.training.dtype])
     workers = Workers(decoder, recipe.training.workers)
     optimizer.share_out(workers.decoders[1:], workers.spread)
     return TrainedModel(decoder, optimizer, workers, together.device)
 
 
-def _sharded_model(recipe: Recipe, together: Together, decoder: Decoder) -> TrainedModel:
+def _sharded_model(recipe: RunRecipe, together: Together, decoder: Decoder) -> TrainedModel:
     # Here and not above: torch.distributed's tensors take a second to import.
     from jamba_lm.training.sharded_optimizer import ShardedAdamW
     from jamba_lm.training.sharding import ShardedDecoder

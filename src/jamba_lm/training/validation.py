@@ -12,7 +12,7 @@ from itertools import islice
 
 import torch
 
-from jamba_lm.data import PackedBatch, TokenizedDocuments, validation_batches
+from jamba_lm.data import PackedBatch
 from jamba_lm.model.decoder import Decoder
 from jamba_lm.training.together import ALONE, Together
 
@@ -40,33 +40,27 @@ class Validation:
 
 @torch.no_grad()
 def validate(
-    documents: TokenizedDocuments,
+    batches: Iterator[PackedBatch],
     predict: Predict,
     *,
-    sequence_tokens: int,
-    batch_tokens: int,
+    num_bytes: int,
     together: Together = ALONE,
 ) -> Validation:
-    """Read every document in pieces of `sequence_tokens` and measure how surprising it was.
+    """Read every batch and measure how surprising its targets were.
 
     Args:
-        documents: to read.
+        batches: the held-out text.
         predict: the model.
-        sequence_tokens: of the longest piece.
-        batch_tokens: of a pass, at most.
+        num_bytes: UTF-8 bytes of what the batches predict.
         together: the processes that read, each with a call of its own.
     """
     nats, num_tokens = 0.0, 0
-    batches = validation_batches(
-        documents, sequence_tokens=sequence_tokens, batch_tokens=batch_tokens
-    )
     for packed, counts in _shares(batches, together.reader, together.readers):
         found, predicted = predict(packed)
         if counts:
             nats += found
             num_tokens += predicted
     nats, tokens = together.add_up([nats, num_tokens])
-    num_bytes = int(documents.num_bytes.sum())
     return Validation(nats / tokens, nats / math.log(2) / num_bytes, int(tokens), num_bytes)
 
 
