@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from jamba_lm.errors import InputError
-from jamba_lm.model.routing import Routing
+from jamba_lm.model.routing import RoutingLog
 from jamba_lm.model.state import SequenceState
 
 
@@ -29,15 +29,15 @@ class Batch:
         states: one state per sequence, or None when every sequence starts here and nothing
             needs to be remembered.
         backend: kernel back-end to use, by name; None takes the fastest that can.
-        routing: when a list, every mixture of experts appends its decision to it (the
-            balance loss and the studies read it).
+        routing: when not None, a list for example, every mixture of experts appends its
+            decision to it (the balance loss and the studies read it).
     """
 
     lengths: tuple[int, ...]
     offsets: Tensor
     states: tuple[SequenceState, ...] | None
     backend: str | None
-    routing: list[Routing] | None
+    routing: RoutingLog | None
 
     @classmethod
     def of(
@@ -45,7 +45,7 @@ class Batch:
         lengths: Sequence[int],
         states: Sequence[SequenceState] | None = None,
         backend: str | None = None,
-        routing: list[Routing] | None = None,
+        routing: RoutingLog | None = None,
     ) -> Batch:
         """Build a batch of sequences with these lengths.
 

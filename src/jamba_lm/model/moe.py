@@ -48,7 +48,7 @@ class MoE(nn.Module):
         for expert, source_rows in zip(self.experts, sources_E.split(shares), strict=True):
             share = len(source_rows)
             if share:
-                spare = _round_up(share) - share if x_MD.dtype == torch.bfloat16 else 0
+                spare = round_up(share) - share if x_MD.dtype == torch.bfloat16 else 0
                 rows = F.pad(source_rows, (0, spare)) if spare else source_rows
                 outputs.append(expert(x_MD.index_select(0, rows), batch)[:share])
         out_ED = torch.cat(outputs)
@@ -58,7 +58,7 @@ class MoE(nn.Module):
         return (out_MKD * weight_MK[..., None].to(x_MD.dtype)).sum(1)
 
 
-def _round_up(rows: int) -> int:
+def round_up(rows: int) -> int:
     """Return a number of rows that experts are given: few different ones, none much larger.
 
     oneDNN compiles a bfloat16 kernel for every new number of rows, which takes twenty times as

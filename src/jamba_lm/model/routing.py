@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -27,6 +28,13 @@ class Routing:
 
     probability_MX: Tensor
     expert_MK: Tensor
+
+
+class RoutingLog(Protocol):
+    """What decisions are written to: a list, or anything else that takes them."""
+
+    def append(self, decision: Routing, /) -> None:
+        """Take the decision of the next mixture."""
 
 
 def balance_loss(routings: Sequence[Routing]) -> Tensor:
