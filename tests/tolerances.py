@@ -84,6 +84,12 @@ TRAINING = {
     "many small steps": 1e-2,
 }
 
+# Several processes against one: largest difference over the scale.
+PARALLEL = {
+    # Sums over rows, channels and vocabulary in another order, through four layers.
+    "gradient": 1e-5,
+}
+
 # The selective scan against its definition in float64: largest difference over the scale.
 SCAN = {
     # Each step rounds a few times (6e-8 each) and its exp is within 1.6e-7; decay forgets both.

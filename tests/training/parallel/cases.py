@@ -7,11 +7,14 @@ gradient of every parameter that it holds with its part of the whole one.
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
@@ -22,29 +25,32 @@ from jamba_lm.model.batch import Batch
 from jamba_lm.model.decoder import Decoder
 from jamba_lm.model.routing import Routing, balance_loss
 from jamba_lm.training import loss
+from jamba_lm.training.activation_loss import ActivationLoss
 from jamba_lm.training.balance import count_selections, share_of_balance_loss
 from jamba_lm.training.loss import summed_losses
 from jamba_lm.training.parallel import vocabulary
 from jamba_lm.training.parallel.decoder import Parallelized, parallelize
-from jamba_lm.training.parallel.layout import ParallelLayout
+from jamba_lm.training.parallel.layout import ParallelLayout as L
+from jamba_lm.training.recompute import recompute_layers
 from jamba_lm.training.validation import output_weight
 from tests.arms import ARMS, SMALL, shaken_model
+from tests.test_shapes import shapes_are_as_named
 
-AUX_COEF, Z_COEF = 0.5, 0.05
+AUX_COEF, Z_COEF, ACTIVATION_COEF = 0.5, 0.05, 0.1
 
+VOCABULARY = 96
+HYBRID = SMALL.replace(vocab_size=VOCABULARY)
 CONFIGS: dict[str, JambaConfig] = {
-    "hybrid": SMALL.replace(vocab_size=96),
+    "hybrid": HYBRID,
     "dense, tied, biases, one key head": ARMS["narrow convolution, tied, one key head"].replace(
-        vocab_size=96, num_experts=1
+        vocab_size=VOCABULARY, num_experts=1
     ),
-    "rotary, no inner norms": SMALL.replace(vocab_size=96, position="rope", inner_norms=False),
-    "wide convolution": SMALL.replace(vocab_size=96, conv_width=8),
+    "rotary, no inner norms": HYBRID.replace(position="rope", inner_norms=False),
+    "wide convolution": HYBRID.replace(conv_width=8),
 }
 # Documents of every reader: 25 rows do not divide by 2 or 4, and most cuts go through a document.
-RAGGED = [[7, 1, 12, 5], [3, 20, 2], [25], [1, 1, 1, 10, 12]]
-LONG = [[2, 40, 1], [43], [20, 23], [1, 42]]
-SHORT = [[5], [4], [1, 4], [2, 2, 1]]
-ONE_EACH = [[1, 1, 1, 1, 1]] * 4
+Lengths = tuple[int, ...]
+RAGGED: tuple[Lengths, ...] = ((7, 1, 12, 5), (3, 20, 2), (25,), (1, 1, 1, 10, 12))
 
 
 @dataclass(frozen=True)
@@ -55,19 +61,27 @@ class Case:
         lengths: of the documents of each reader.
         wrap: also cut the weights with FSDP2.
         lopsided: the routers send nearly every row to the same experts.
+        back: also make the whole of the parts again.
+        meta: begin on the meta device, with values given afterwards.
+        more: with the activation loss, and layers that run again in the backward pass.
+        named: hold the names of tensors to their shapes.
     """
 
-    layout: ParallelLayout
+    layout: L
     config: str = "hybrid"
-    lengths: tuple[tuple[int, ...], ...] = tuple(map(tuple, RAGGED))
+    lengths: tuple[Lengths, ...] = RAGGED
     wrap: bool = False
     lopsided: bool = False
+    back: bool = False
+    meta: bool = False
+    more: bool = False
+    named: bool = False
 
 
-def model_of(case: Case) -> Decoder:
-    decoder = _model(case.config)
-    if case.lopsided:
-        decoder = copy.deepcopy(decoder)
+@cache
+def whole_model(config: str, lopsided: bool) -> Decoder:
+    decoder = shaken_model(CONFIGS[config]).decoder
+    if lopsided:
         with torch.no_grad():
             for name, weight in decoder.named_parameters():
                 if name.endswith("router.weight"):
@@ -76,28 +90,24 @@ def model_of(case: Case) -> Decoder:
     return decoder
 
 
-@cache
-def _model(config: str) -> Decoder:
-    return shaken_model(CONFIGS[config]).decoder
-
-
-def packed_of(case: Case, reader: int) -> PackedBatch:
+def packed_of(lengths: Lengths, reader: int) -> PackedBatch:
     """Return what a reader reads: ids that depend on nothing but its number."""
-    lengths = list(case.lengths[reader])
     draw = torch.Generator().manual_seed(reader)
-    ids_M = torch.randint(CONFIGS[case.config].vocab_size, (sum(lengths),), generator=draw)
+    ids_M = torch.randint(VOCABULARY, (sum(lengths),), generator=draw)
     targets_M = ids_M.roll(-1)
-    ends = torch.tensor(lengths).cumsum(0) - 1
-    targets_M[ends] = IGNORED
-    if int((targets_M != IGNORED).sum()) == 0:
-        targets_M[0] = 1
-    return PackedBatch(ids_M, targets_M, lengths)
+    targets_M[torch.tensor(lengths).cumsum(0) - 1] = IGNORED
+    return PackedBatch(ids_M, targets_M, list(lengths))
 
 
+@cache
 def on_one_process(
-    case: Case, decoder: Decoder, packs: list[PackedBatch]
+    config: str, lopsided: bool, more: bool, read: tuple[Lengths, ...]
 ) -> tuple[float, dict[str, Tensor]]:
     """Return the loss and the gradients of all readers' rows together."""
+    decoder = copy.deepcopy(whole_model(config, lopsided))
+    if more:
+        ActivationLoss(decoder, ACTIVATION_COEF).begin(1.0)
+    packs = [packed_of(lengths, reader) for reader, lengths in enumerate(read)]
     lengths = [length for packed in packs for length in packed.lengths]
     targets_M = torch.cat([packed.targets_M for packed in packs])
     routing: list[Routing] = []
@@ -118,9 +128,15 @@ def on_one_process(
     return total.item(), gradients
 
 
-def on_many(case: Case, parallel: Parallelized, packed: PackedBatch, num_targets: int) -> float:
+def on_many(
+    case: Case, parallel: Parallelized, packed: PackedBatch, num_targets: int, num_rows: int
+) -> float:
     """Leave the gradients in the parallel decoder; return the loss of all processes' rows."""
     share = parallel.share_of(packed)
+    if case.more:
+        activation = ActivationLoss(parallel.decoder, ACTIVATION_COEF)
+        recompute_layers(parallel.decoder)
+        activation.begin(parallel.rows_between_layers(share) / num_rows)
     hidden = parallel.decoder(share.ids_M, share.batch, hidden=True)
     sums = parallel.losses(hidden, share.targets_M, Z_COEF)
     total = sums.total / num_targets
@@ -128,8 +144,6 @@ def on_many(case: Case, parallel: Parallelized, packed: PackedBatch, num_targets
         selections = parallel.sum_selections(count_selections([share.routing]))
         total = total + AUX_COEF * share_of_balance_loss(share.routing, selections)
     total.backward()
-    if not case.wrap:
-        parallel.sum_gradients()
     return parallel.sum_over_rows(total.detach().clone()).item()
 
 
@@ -158,10 +172,13 @@ def compare(case: Case, parallel: Parallelized, expected: dict[str, Tensor]) -> 
         whole = placement.part(expected[placement.whole])
         scale = max(whole.abs().max().item(), 1e-30)
         assert gradient is not None, f"{name} has no gradient"
-        if isinstance(gradient, DTensor):
-            # Every process's copy of what all have, not the first one's.
-            repeated = placement.axis is None and not case.wrap
-            gradient = gradient.to_local() if repeated else gradient.full_tensor()
+        if case.wrap:
+            gradient = gradient.full_tensor()
+        else:
+            gradient = gradient.to_local() if isinstance(gradient, DTensor) else gradient
+            if placement.axis is not None:
+                place = parallel.mesh["tensor"].get_local_rank()
+                whole = whole.chunk(parallel.layout.tensor, placement.axis)[place]
         assert gradient.shape == whole.shape, f"{name} {gradient.shape} is not {whole.shape}"
         errors[name] = (gradient - whole).abs().max().item() / scale
     return errors
@@ -170,47 +187,109 @@ def compare(case: Case, parallel: Parallelized, expected: dict[str, Tensor]) -> 
 def run_case(case: Case, rank: int) -> dict[str, Any]:
     """Return the largest difference of the losses and of every gradient held here."""
     layout = case.layout
-    whole = model_of(case)
-    share = copy.deepcopy(whole)
-    packs = [packed_of(case, reader) for reader in range(layout.num_readers)]
-    expected_loss, expected = on_one_process(case, copy.deepcopy(whole), packs)
-    parallel = parallelize(share, layout, layout.mesh("cpu"))
-    if case.wrap:
-        wrap(parallel)
+    # The loss sees several pieces of rows, which these batches are too small for.
+    loss.CHUNK_ROWS = vocabulary.CHUNK_ROWS = 512 if case.named else 8
+    whole = whole_model(case.config, case.lopsided)
+    read = case.lengths[: layout.num_readers]
+    packs = [packed_of(lengths, reader) for reader, lengths in enumerate(read)]
+    expected_loss, expected = on_one_process(case.config, case.lopsided, case.more, read)
+    parallel = made_parallel(case, whole)
     num_targets = sum(int((packed.targets_M != IGNORED).sum()) for packed in packs)
-    found_loss = on_many(case, parallel, packs[layout.reader(rank)], num_targets)
+    num_rows = sum(len(packed.ids_M) for packed in packs)
+    said = {"tensor": 0, "context": 0, "expert": 0}
+    with counted(parallel, said), shapes_are_as_named() if case.named else nullcontext():
+        found_loss = on_many(case, parallel, packs[layout.reader(rank)], num_targets, num_rows)
+    if not case.wrap:
+        parallel.sum_gradients()
     errors = compare(case, parallel, expected)
     errors["loss"] = abs(found_loss - expected_loss) / abs(expected_loss)
+    same = gives_back(parallel, whole) if case.back else True
+    return {"errors": errors, "same values": same, "said": said}
+
+
+@contextmanager
+def counted(parallel: Parallelized, said: dict[str, int]) -> Iterator[None]:
+    """Count the values in collective calls along each axis; those along others are left out."""
+    tensor, context = parallel._region.group.processes, parallel._context.processes
+    names = ("all_reduce", "all_gather_single", "reduce_scatter_single", "all_to_all_single")
+    originals = {name: getattr(dist, name) for name in names}
+
+    def axis_of(name: str, group: Any) -> str | None:
+        # Two axes of the same processes have one group, and counts of rows are sums over it too.
+        if name == "all_to_all_single":
+            return "expert"
+        if group is not None and group is tensor:
+            return "tensor"
+        passed_on = name != "all_reduce" and group is not None and group is context
+        return "context" if passed_on else None
+
+    def counting(name: str) -> Any:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            axis = axis_of(name, kwargs["group"] if "group" in kwargs else args[-1])
+            # The largest side: what comes of a gather, and what is given to the others.
+            sides = (*args, kwargs.get("output"), kwargs.get("input"))
+            side = sides[0] if name in ("all_reduce", "all_gather_single") else sides[1]
+            if axis is not None and side.is_floating_point():
+                said[axis] += side.numel()
+            return originals[name](*args, **kwargs)
+
+        return call
+
+    for name in names:
+        setattr(dist, name, counting(name))
+    try:
+        yield
+    finally:
+        for name in names:
+            setattr(dist, name, originals[name])
+
+
+def made_parallel(case: Case, whole: Decoder) -> Parallelized:
+    """Return this process's share of the model, in one of the ways to come to it."""
+    mesh = case.layout.mesh("cpu")
+    if not case.meta:
+        parallel = parallelize(copy.deepcopy(whole), case.layout, mesh)
+        if case.wrap:
+            wrap(parallel)
+        return parallel
+    with torch.device("meta"):
+        decoder = Decoder(whole.config)
+    parallel = parallelize(decoder, case.layout, mesh)
+    if case.wrap:
+        wrap(parallel)
+    decoder.to_empty(device="cpu")
+    parallel.load(lambda name: whole.get_parameter(name).detach())
+    return parallel
+
+
+def gives_back(parallel: Parallelized, whole: Decoder) -> bool:
+    """Whether the parts make the whole again, and take other values of it."""
+    expected = {name: one.detach() for name, one in whole.named_parameters()}
     returned = dict(parallel.whole_values())
-    original = dict(whole.named_parameters())
-    same = list(returned) == list(original) and all(
-        torch.equal(returned[name], original[name]) for name in original
+    same = list(returned) == list(expected) and all(
+        torch.equal(returned[name], expected[name]) for name in expected
     )
-    return {"errors": errors, "whole values come back": same}
+    parallel.load(lambda name: 2.0 * expected[name])
+    loaded = dict(parallel.whole_values())
+    return same and all(torch.equal(loaded[name], 2.0 * expected[name]) for name in expected)
 
 
-def small_chunks() -> None:
-    """Let the loss see several pieces of rows, which these batches are too small for."""
-    loss.CHUNK_ROWS = vocabulary.CHUNK_ROWS = 8
-
-
-L = ParallelLayout
 CASES: dict[int, dict[str, Case]] = {
     2: {
         "data": Case(L(shard=2)),
-        "FSDP": Case(L(shard=2), wrap=True),
-        "tensor": Case(L(tensor=2)),
+        "FSDP": Case(L(shard=2), wrap=True, back=True),
+        "tensor": Case(L(tensor=2), back=True),
         "tensor, other arms": Case(L(tensor=2), "dense, tied, biases, one key head"),
-        "tensor, rotary": Case(L(tensor=2), "rotary, no inner norms"),
-        "sequence": Case(L(tensor=2, sequence=True)),
+        "tensor, rotary": Case(L(tensor=2), "rotary, no inner norms", named=True),
+        "sequence": Case(L(tensor=2, sequence=True), meta=True, more=True),
         "sequence, other arms": Case(
             L(tensor=2, sequence=True), "dense, tied, biases, one key head"
         ),
-        "context": Case(L(context=2)),
+        "context": Case(L(context=2), more=True),
         "context, a cut between documents": Case(L(context=2), lengths=((13, 12),)),
-        "context, rotary": Case(L(context=2), "rotary, no inner norms"),
+        "context, rotary": Case(L(context=2), "rotary, no inner norms", named=True),
         "context, other arms": Case(L(context=2), "dense, tied, biases, one key head"),
-        "expert": Case(L(shard=2, expert=2)),
+        "expert": Case(L(shard=2, expert=2), back=True),
         "expert, uneven loads": Case(L(shard=2, expert=2), lopsided=True),
         "expert with context": Case(L(context=2, expert=2)),
     },
@@ -222,28 +301,28 @@ CASES: dict[int, dict[str, Case]] = {
         "context, pieces shorter than the convolution": Case(
             L(context=4), "wide convolution", lengths=((1, 8, 2),)
         ),
-        "context, a row each": Case(L(context=4), lengths=((4,),)),
         "expert": Case(L(shard=4, expert=4)),
         "expert, uneven loads": Case(L(shard=4, expert=4), lopsided=True),
-        "expert with expert shards": Case(L(shard=4, expert=2), lopsided=True),
-        "expert with FSDP": Case(L(shard=4, expert=2), wrap=True),
-        "tensor with FSDP": Case(L(shard=2, tensor=2), wrap=True),
-        "sequence with FSDP": Case(L(shard=2, tensor=2, sequence=True), wrap=True),
+        "expert with FSDP": Case(
+            L(shard=4, expert=2), wrap=True, lopsided=True, meta=True, back=True
+        ),
+        "tensor with FSDP": Case(L(shard=2, tensor=2), wrap=True, back=True),
+        "sequence with FSDP": Case(L(shard=2, tensor=2, sequence=True), wrap=True, meta=True),
         "context with FSDP": Case(L(shard=2, context=2), wrap=True),
-        "expert with context and FSDP": Case(L(shard=2, context=2, expert=2), wrap=True),
         "expert over shard and context": Case(L(shard=2, context=2, expert=4)),
-        "tensor with expert": Case(L(shard=2, tensor=2, expert=2)),
-        "sequence with expert": Case(L(shard=2, tensor=2, expert=2, sequence=True)),
-        "tensor with context": Case(L(context=2, tensor=2)),
-        "sequence with context": Case(L(context=2, tensor=2, sequence=True)),
-        "tensor with context and expert": Case(L(context=2, tensor=2, expert=2)),
-        "replicate with shard": Case(L(replicate=2, shard=2, expert=2)),
+        "expert with context": Case(L(shard=2, context=2, expert=2)),
+        "sequence with expert": Case(L(shard=2, tensor=2, expert=2, sequence=True), back=True),
+        "tensor with expert": Case(L(shard=2, tensor=2, expert=2), named=True),
+        "tensor with context": Case(L(context=2, tensor=2), named=True),
+        "sequence with context and expert": Case(
+            L(context=2, tensor=2, expert=2, sequence=True), more=True
+        ),
+        "replicate with expert": Case(L(replicate=2, shard=2, expert=2)),
     },
 }
 
 
 def on_process(rank: int, world_size: int, *chosen: str) -> dict[str, Any]:
     """Run the cases of this many processes; those named, or all."""
-    small_chunks()
     cases = CASES[world_size]
     return {name: run_case(cases[name], rank) for name in chosen or cases}

@@ -19,11 +19,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+# DTensor imports this when it is first used, which every process would do for itself.
+import torch._dynamo
 import torch.distributed as dist
 
 ROOT = Path(__file__).resolve().parents[3]
-LIMIT_SECONDS = 300
-PATIENCE = timedelta(seconds=120)
+LIMIT_SECONDS = 600
+PATIENCE = timedelta(seconds=LIMIT_SECONDS)
 
 
 def run_together(module: str, world_size: int, *arguments: str) -> list[Any]:

@@ -27,7 +27,7 @@ from jamba_lm.model.norm import RMSNorm
 from jamba_lm.model.routing import Routing
 from jamba_lm.training.balance import Selections
 from jamba_lm.training.loss import SummedLosses
-from jamba_lm.training.parallel.collectives import Group, add_up
+from jamba_lm.training.parallel.collectives import Group, add_up, cut_evenly
 from jamba_lm.training.parallel.feed_forward import Experts, ParallelMLP, ParallelMoE
 from jamba_lm.training.parallel.layout import ParallelLayout
 from jamba_lm.training.parallel.mixers import ParallelAttention, ParallelMamba
@@ -305,6 +305,17 @@ class Parallelized:
         held = slice(cut.first, cut.end)
         batch = ContextBatch.piece(cut, backend, routing)
         return Share(packed.ids_M[held], packed.targets_M[held], batch, routing)
+
+    def rows_between_layers(self, share: Share) -> int:
+        """Count the rows that layers get and give here: under `sequence`, a part of the share.
+
+        What is computed from layers' outputs, like the activation loss, counts by these.
+        """
+        rows, group = share.batch.num_rows, self._region.group
+        if not self.layout.sequence:
+            return rows
+        bounds = cut_evenly(rows, group.size)
+        return bounds[group.rank + 1] - bounds[group.rank]
 
     def losses(self, hidden: Tensor, targets_M: Tensor, z_coef: float = 0.0) -> SummedLosses:
         """Return the losses of this process's rows, alike on all processes along "tensor".
