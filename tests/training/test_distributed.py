@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import signal
 import time
@@ -13,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from jamba_lm.cli.main import main
+from jamba_lm.__main__ import main
 from jamba_lm.tensor_file import TensorFile
 from jamba_lm.training.checkpointing import checkpoints, read_checkpoint
 from jamba_lm.training.parallel.layout import ParallelLayout
@@ -120,6 +121,11 @@ def assert_same_tensors(found: Path, expected: Path) -> None:
         assert torch.equal(one[name], other[name]), name
 
 
+def num_values(path: Path) -> int:
+    with TensorFile(path) as file:
+        return sum(math.prod(file.shape(name)) for name in file.names)
+
+
 def newest(run: Path) -> Path:
     return checkpoints(run / "checkpoints")[-1]
 
@@ -149,9 +155,9 @@ def test_two_processes_train_what_one_does(alone, two):
         "part-00001-of-00002.safetensors",
     }
     # Weights and both moments of a half of the model each, and nothing twice.
-    sizes = [path.stat().st_size for path in saved.glob("part-*")]
-    assert sum(sizes) < 1.2 * own.stat().st_size
-    assert max(sizes) < 0.65 * own.stat().st_size
+    parts, (whole,) = [num_values(path) for path in saved.glob("part-*")], [num_values(own)]
+    assert sum(parts) == whole
+    assert max(parts) < 0.6 * whole
 
 
 def test_only_the_first_process_speaks(recipe, server, tmp_path):
@@ -192,6 +198,10 @@ def test_a_run_goes_on_on_other_meshes(recipe, server, alone, tmp_path):
         for folder in (run, alone)
     )
     for one, other in zip(ours, theirs, strict=True):
+        for layer, places in one.get("maxima", {}).items():
+            # Mixers that processes share say nothing of what is inside them.
+            assert {"mixer", "feed_forward", "residual"} <= places.keys()
+            other["maxima"][layer] = {place: other["maxima"][layer][place] for place in places}
         assert_close(one, other)
 
 

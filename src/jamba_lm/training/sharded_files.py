@@ -184,7 +184,8 @@ class StoredTensors(Mapping[str, Tensor]):
         Raises:
             CheckpointError: boxes overlap, so that some of it is missing.
         """
-        values, filled = torch.empty(wanted.size, dtype=self.dtype(name)), 0
+        values = torch.empty(wanted.size, dtype=self.dtype(name))
+        filled = torch.zeros(wanted.size, dtype=torch.bool)
         for box in self._boxes[name]:
             meeting = box.place.overlap(wanted)
             if meeting is None:
@@ -194,8 +195,8 @@ class StoredTensors(Mapping[str, Tensor]):
             if box.place == wanted:
                 return piece
             values[ours] = piece
-            filled += piece.numel()
-        if filled != wanted.num_values:
+            filled[ours] = True
+        if not filled.all():
             raise CheckpointError(
                 f"the parts of {name!r} overlap: remove the checkpoint to resume from an older one"
             )
