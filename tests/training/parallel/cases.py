@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -21,6 +22,7 @@ from torch.distributed.tensor import DTensor
 
 from jamba_lm.config import JambaConfig
 from jamba_lm.data import IGNORED, PackedBatch
+from jamba_lm.errors import RecipeError
 from jamba_lm.model.batch import Batch
 from jamba_lm.model.decoder import Decoder
 from jamba_lm.model.routing import Routing, balance_loss
@@ -269,6 +271,8 @@ def gives_back(parallel: Parallelized, whole: Decoder) -> bool:
     same = list(returned) == list(expected) and all(
         torch.equal(returned[name], expected[name]) for name in expected
     )
+    with pytest.raises(RecipeError, match=r"'embedding.weight' has shape \(3,\), the"):
+        parallel.load(lambda _: torch.zeros(3))
     parallel.load(lambda name: 2.0 * expected[name])
     loaded = dict(parallel.whole_values())
     return same and all(torch.equal(loaded[name], 2.0 * expected[name]) for name in expected)

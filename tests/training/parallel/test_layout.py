@@ -130,6 +130,45 @@ def test_published_models_spread_over_a_node():
     layout.validate(JambaConfig(), world_size=256)
 
 
+AXES_OF_THE_TABLE = ("replicate", "shard", "context", "tensor", "sequence", "expert")
+
+
+def table_of_pairs() -> dict[tuple[str, str], str]:
+    """Read what docs/parallel.md says of every two axes together."""
+    text = (ROOT / "docs" / "parallel.md").read_text(encoding="utf-8")
+    lines = text.partition("## What goes with what")[2].partition("\n## ")[0].splitlines()
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines if line[:1] == "|"]
+    header, _, *body = rows
+    assert tuple(header[1:]) == AXES_OF_THE_TABLE
+    return {
+        (row[0], axis): cell
+        for row in body
+        for axis, cell in zip(header[1:], row[1:], strict=True)
+        if cell
+    }
+
+
+def is_accepted(axes: set[str]) -> bool:
+    layout = ParallelLayout(**{axis: True if axis == "sequence" else 2 for axis in axes})
+    try:
+        layout.validate(EVEN, layout.world_size)
+    except RecipeError:
+        return False
+    return True
+
+
+def test_the_table_of_what_goes_with_what_is_true():
+    table = table_of_pairs()
+    count = len(AXES_OF_THE_TABLE)
+    assert len(table) == count * (count + 1) // 2
+    for pair, cell in table.items():
+        needed = set(cell.removeprefix("with ").split(" and ")) if cell != "yes" else set()
+        assert needed <= set(AXES_OF_THE_TABLE), cell
+        assert is_accepted({*pair, *needed}), (pair, cell)
+        for one in needed:
+            assert not is_accepted({*pair, *needed} - {one}), (pair, cell)
+
+
 def test_a_layout_is_checked_without_torch():
     code = (
         "import sys\n"

@@ -25,7 +25,7 @@ def layer_values(
 
     Returns:
         Values by axis: "tensor", "context", "expert". An exchange between experts is that of
-        even loads; half of the values below it stay at home when two processes share experts.
+        even loads, with the share that stays at home counted too.
     """
     tensor = _mixer_values(config, layer, layout, rows) + _feed_forward_values(
         config, layer, layout, rows
