@@ -49,3 +49,32 @@ def test_no_gradient_is_made_when_none_is_wanted():
     hidden_MD, weight_VD = torch.randn(3, 4), torch.randn(5, 4)
     total = loss.summed_cross_entropy(hidden_MD, weight_VD, torch.tensor([0, 1, IGNORED]))
     assert not total.requires_grad
+
+
+@pytest.mark.parametrize("learned", [1, 3, 20])
+def test_rows_that_predict_nothing_change_nothing(learned):
+    """Where they are most of the rows, no logits are made for them; the gradient is the same."""
+    draw = torch.Generator().manual_seed(4)
+    hidden = torch.randn(40, 8, generator=draw, requires_grad=True)
+    weight = torch.randn(50, 8, generator=draw, requires_grad=True)
+    targets = torch.full((40,), IGNORED)
+    rows = torch.randperm(40, generator=draw)[:learned]
+    targets[rows] = torch.randint(50, (learned,), generator=draw)
+    loss.summed_cross_entropy(hidden, weight, targets).backward()
+    found = hidden.grad.clone(), weight.grad.clone()
+    hidden.grad = weight.grad = None
+    F.cross_entropy(hidden @ weight.T, targets, ignore_index=IGNORED, reduction="sum").backward()
+    for one, expected in zip(found, (hidden.grad, weight.grad), strict=True):
+        assert_within(one, expected, TRAINING["loss gradient fp32"])
+
+
+def test_a_frozen_output_matrix_gets_no_gradient_and_changes_none():
+    draw = torch.Generator().manual_seed(5)
+    hidden = torch.randn(6, 8, generator=draw, requires_grad=True)
+    weight = torch.randn(50, 8, generator=draw, requires_grad=True)
+    targets = torch.randint(50, (6,), generator=draw)
+    loss.summed_cross_entropy(hidden, weight, targets).backward()
+    expected, hidden.grad = hidden.grad, None
+    frozen = weight.detach()
+    loss.summed_cross_entropy(hidden, frozen, targets).backward()
+    assert torch.equal(hidden.grad, expected)
