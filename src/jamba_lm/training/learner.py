@@ -33,6 +33,7 @@ from jamba_lm.training.recipe import Recipe
 from jamba_lm.training.recompute import recompute_layers
 from jamba_lm.training.run_folder import machine_record
 from jamba_lm.training.run_text import RunText
+from jamba_lm.training.segments import SegmentedPass
 from jamba_lm.training.spikes import is_spike, remembered
 from jamba_lm.training.validation import Validation, output_weight, validate
 from jamba_lm.training.watching import (
@@ -298,6 +299,8 @@ class Learner:
     ) -> _Pass:
         """Leave a batch's gradient in `decoder`; return its shares of the losses."""
         number, packed = item
+        if self.recipe.training.segment_tokens:
+            return self._backward_in_segments(decoder, packed, share, watch)
         recipe, routing, maxima = self.recipe, list[Routing](), Maxima()
         activation = self._activation[number] if self._activation else None
         rows_share = len(packed.ids_M) / share.num_rows
@@ -329,6 +332,37 @@ class Learner:
             losses["activation_loss"] = activation.mean_square() * rows_share
         total.backward()
         return _Pass(losses, maxima, taken)
+
+    def _backward_in_segments(
+        self, decoder: Decoder, packed: PackedBatch, share: _Share, watch: bool
+    ) -> _Pass:
+        """Do the same a segment of rows at a time."""
+        recipe, maxima = self.recipe, Maxima()
+        segments = SegmentedPass(
+            decoder,
+            recipe.training.segment_tokens,
+            truncated=recipe.training.across_segments == "truncated",
+            backend=self.backend,
+        )
+        with ExitStack() as stack:
+            if watch:
+                maxima = stack.enter_context(watched(decoder))
+            found = segments.backward(
+                packed.ids_M,
+                packed.targets_M,
+                packed.lengths,
+                weight_VD=output_weight(decoder),
+                entropy_coef=1 / share.num_targets,
+                z_coef=recipe.loss.z_coef,
+                balance_coef=recipe.model.aux_loss_coef / share.num_passes,
+            )
+        losses = {
+            "loss": found.entropy / share.num_targets,
+            "balance_loss": found.balance / share.num_passes,
+        }
+        if recipe.loss.z_coef:
+            losses["z_loss"] = found.squares / share.num_targets
+        return _Pass(losses, maxima, found.routing if watch else [])
 
     def validate(self) -> Validation:
         """Read the held-out documents."""
