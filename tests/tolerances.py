@@ -233,3 +233,16 @@ FINETUNING = {
     # layers, and norms and gates between them enlarge it.
     "through packed, native": 3e-3,
 }
+
+# A pass in segments against the pass as a whole: largest difference over the scale.
+SEGMENTS = {
+    # Sums over rows in another order, through up to four layers.
+    "fp32": 2e-5,
+    "loss": 1e-5,
+    # A gradient this much smaller than the largest is a difference of what cancels.
+    "vanishing": 1e-5,
+    # Every activation is rounded to 8 bits of mantissa (4e-3 each), in both.
+    "bf16": 6e-2,
+    # Three steps of AdamW, which divides small gradients by their own size.
+    "run": 1e-3,
+}

@@ -100,6 +100,9 @@ def test_any_path_survives_being_written_out(tmp_path_factory, name):
         ("schedule.decay_steps=5", "a cosine has none"),
         ("checkpoint.every_seconds=0", "both 0"),
         ("training.workers=2", "raise accumulate"),
+        ("training.segment_tokens=-1", "training.segment_tokens is -1: expected a whole number"),
+        ("training.across_segments=cut", "expected 'whole' or 'truncated'"),
+        ("training.across_segments=truncated", "give training.segment_tokens, or leave it out"),
         ("steps=5", "expected section.key=value"),
         ("training.steps", "expected section.key=value"),
     ],
@@ -109,6 +112,20 @@ def test_what_is_wrong_is_named(tmp_path, change, says):
         load(tmp_path, changes=[change])
     assert says in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "beside",
+    [
+        ["training.recompute_layers=true"],
+        ["loss.activation_coef=1e-5"],
+        ["loss.balance_over=step", "training.accumulate=2"],
+    ],
+)
+def test_segments_refuse_what_is_not_computed_with_them(tmp_path, beside):
+    load(tmp_path, changes=beside)
+    with pytest.raises(RecipeError, match="leave one of them out"):
+        load(tmp_path, changes=[*beside, "training.segment_tokens=64"])
 
 
 def test_what_is_missing_is_named(tmp_path):

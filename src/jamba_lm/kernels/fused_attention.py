@@ -8,10 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import pairwise
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 # A mask of queries x keys never holds more values than this: 1 MiB of booleans.
 MASK_VALUES = 1 << 20
@@ -55,6 +57,9 @@ def _attend(q_THP: Tensor, k_SGP: Tensor, v_SGP: Tensor, scale: float) -> Tensor
         )[0]
         return y_HTP.transpose(0, 1).contiguous()
     past = positions - tokens
+    if _flash_takes(q_THP):
+        y_THP: Tensor = _PastAndOwn.apply(q_THP, k_SGP, v_SGP, scale)  # type: ignore[no-untyped-call]
+        return y_THP
     block = max(1, MASK_VALUES // positions)
     outputs = []
     for first in range(0, tokens, block):
@@ -72,3 +77,90 @@ def _attend(q_THP: Tensor, k_SGP: Tensor, v_SGP: Tensor, scale: float) -> Tensor
         )[0]
         outputs.append(y_HTP.transpose(0, 1))
     return torch.cat(outputs)
+
+
+def _flash_takes(q_THP: Tensor) -> bool:
+    return q_THP.device.type == "cpu" and q_THP.dtype in (torch.float32, torch.bfloat16)
+
+
+class _PastAndOwn(torch.autograd.Function):
+    """Attention of T queries to S > T keys: to all of the past, and causally to their own.
+
+    A mask of T x S would be read as often as the keys; without one, each of the two parts is what
+    torch's kernel computes anyway. Their results are weighed by the sums that each divided by. On
+    the way back each part is given the sum over both, so that its weights are those of the whole.
+
+    Source: Liu et al., Ring Attention (arXiv 2310.01889); FlashAttention-2 (arXiv 2307.08691) §3.1.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, q_THP: Tensor, k_SGP: Tensor, v_SGP: Tensor, scale: float) -> Tensor:
+        past = k_SGP.shape[0] - q_THP.shape[0]
+        flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+        q_past, q_own = _as_groups(q_THP, k_SGP.shape[1]), _heads_first(q_THP)
+        k, v = _heads_first(k_SGP), _heads_first(v_SGP)
+        k_own, v_own = (_spread(x[:, :, past:], q_own.shape[1]) for x in (k, v))
+        # The past is seen by every query alike, so the heads of a group are rows of one product.
+        y_past, sum_past = flash(q_past, k[:, :, :past], v[:, :, :past], 0.0, False, scale=scale)
+        y_own, sum_own = flash(q_own, k_own, v_own, 0.0, True, scale=scale)
+        sum_past = sum_past.reshape(sum_own.shape)
+        whole = torch.logaddexp(sum_past, sum_own)
+        y = y_past.reshape(y_own.shape).float() * (sum_past - whole).exp()[..., None]
+        y = (y + y_own.float() * (sum_own - whole).exp()[..., None]).to(q_THP.dtype)
+        ctx.save_for_backward(q_THP, k_SGP, v_SGP, y, whole)
+        ctx.scale = scale
+        return y[0].transpose(0, 1).contiguous()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, slope_THP: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+        q_THP, k_SGP, v_SGP, y, whole = ctx.saved_tensors
+        heads, groups = q_THP.shape[1], k_SGP.shape[1]
+        past = k_SGP.shape[0] - q_THP.shape[0]
+        back = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+        slope = _heads_first(slope_THP)
+        k, v = _heads_first(k_SGP), _heads_first(v_SGP)
+        grouped = (1, groups, -1, q_THP.shape[2])
+        dq_past, dk_past, dv_past = back(
+            slope.reshape(grouped),
+            _as_groups(q_THP, groups),
+            k[:, :, :past],
+            v[:, :, :past],
+            y.reshape(grouped),
+            whole.reshape(1, groups, -1),
+            0.0,
+            False,
+            scale=ctx.scale,
+        )
+        k_own, v_own = (_spread(x[:, :, past:], heads) for x in (k, v))
+        dq, dk_own, dv_own = back(
+            slope, _heads_first(q_THP), k_own, v_own, y, whole, 0.0, True, scale=ctx.scale
+        )
+        dq = dq + dq_past.reshape(dq.shape)
+        dk, dv = (
+            torch.cat([one, _summed(own, groups)], dim=2)[0].transpose(0, 1)
+            for one, own in ((dk_past, dk_own), (dv_past, dv_own))
+        )
+        return dq[0].transpose(0, 1), dk, dv, None
+
+
+def _heads_first(x_THP: Tensor) -> Tensor:
+    return x_THP.transpose(0, 1)[None]
+
+
+def _as_groups(q_THP: Tensor, groups: int) -> Tensor:
+    """Lay the queries of the heads of a group end to end: [1, G, H / G * T, P]."""
+    return _heads_first(q_THP).reshape(1, groups, -1, q_THP.shape[2])
+
+
+def _spread(x_GTP: Tensor, heads: int) -> Tensor:
+    """Repeat the keys or values of each group for its heads: [1, H, T, P]."""
+    groups = x_GTP.shape[1]
+    return x_GTP if groups == heads else x_GTP.repeat_interleave(heads // groups, dim=1)
+
+
+def _summed(slope_HTP: Tensor, groups: int) -> Tensor:
+    """Add up what the heads of a group say of its keys or values: [1, G, T, P]."""
+    if slope_HTP.shape[1] == groups:
+        return slope_HTP
+    return slope_HTP.unflatten(1, (groups, -1)).float().sum(2).to(slope_HTP.dtype)

@@ -29,11 +29,12 @@ from jamba_lm.training.pretraining import fresh_start
 from jamba_lm.training.recipe import Recipe, RunRecipe
 from jamba_lm.training.recompute import recompute_layers
 from jamba_lm.training.run_folder import machine_record
+from jamba_lm.training.segments import SegmentedPass
 from jamba_lm.training.spikes import is_spike, remembered
 from jamba_lm.training.task import Start, Stream
 from jamba_lm.training.together import ALONE, Together
 from jamba_lm.training.trained_model import Rows, make_model
-from jamba_lm.training.validation import Validation, validate
+from jamba_lm.training.validation import Validation, output_weight, validate
 from jamba_lm.training.watching import (
     Maxima,
     all_largest,
@@ -335,6 +336,8 @@ class Learner:
         number, worker, rows = item
         if self._start.before_pass is not None:
             self._start.before_pass(decoder, number)
+        if self.recipe.training.segment_tokens:
+            return self._backward_in_segments(decoder, rows, share, watch)
         recipe, maxima = self.recipe, Maxima()
         activation = self._activation[worker] if self._activation else None
         rows_share = len(rows.ids_M) / share.num_rows
@@ -380,6 +383,37 @@ class Learner:
         hidden = self.decoder(rows.ids_M, rows.batch, hidden=True)
         sums = self._model.losses(self.decoder, hidden, rows, 0.0)
         return sums.entropy.item(), rows.num_targets
+
+    def _backward_in_segments(
+        self, decoder: Decoder, rows: Rows, share: _Share, watch: bool
+    ) -> _Pass:
+        """Do the same a segment of rows at a time."""
+        recipe, maxima = self.recipe, Maxima()
+        segments = SegmentedPass(
+            decoder,
+            recipe.training.segment_tokens,
+            truncated=recipe.training.across_segments == "truncated",
+            backend=self.backend,
+        )
+        with ExitStack() as stack:
+            if watch:
+                maxima = stack.enter_context(watched(decoder))
+            found = segments.backward(
+                rows.ids_M,
+                rows.targets_M,
+                rows.batch.lengths,
+                weight_VD=output_weight(decoder),
+                entropy_coef=1 / share.num_targets,
+                z_coef=recipe.loss.z_coef,
+                balance_coef=decoder.config.aux_loss_coef / share.num_passes,
+            )
+        losses = {
+            "loss": found.entropy / share.num_targets,
+            "balance_loss": found.balance / share.num_passes,
+        }
+        if recipe.loss.z_coef:
+            losses["z_loss"] = found.squares / share.num_targets
+        return _Pass(losses, maxima, found.routing if watch else [])
 
     def validate(self) -> Validation:
         """Read the held-out documents."""

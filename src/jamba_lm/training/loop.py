@@ -140,6 +140,11 @@ def _check(recipe: RunRecipe, backend: str | None, processes: Processes) -> None
         raise RecipeError(
             f"fine-tuning runs in one process, not in {processes.count}: start it without torchrun"
         )
+    if recipe.training.segment_tokens and (processes.spread or not isinstance(recipe, Recipe)):
+        raise RecipeError(
+            f"training.segment_tokens is {recipe.training.segment_tokens:,}, but only a run from "
+            "fresh weights in one process reads its passes in segments: leave it out"
+        )
     if workers > 1 and processes.spread:
         raise RecipeError(
             f"training.workers is {workers}, but workers share the CPU threads of one process: "

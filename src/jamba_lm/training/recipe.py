@@ -49,6 +49,11 @@ class TrainingSection:
         seed: of the initial weights and of the order of the data.
         recompute_layers: layers keep only their input and run again in the backward pass: a third
             more arithmetic, and a fraction of the memory.
+        segment_tokens: rows of a pass that go forward and backward together; 0 takes all of them.
+            Beyond the inputs of layers only one segment of one layer is in memory, so that a pass
+            may be one document of a million tokens. Layers run again in the backward pass.
+        across_segments: gradients reach over the cuts between segments ("whole": those of an
+            ordinary pass), or end there ("truncated": states, keys and values cross as numbers).
     """
 
     steps: int
@@ -58,6 +63,8 @@ class TrainingSection:
     dtype: str = "bf16"
     seed: int = 0
     recompute_layers: bool = False
+    segment_tokens: int = 0
+    across_segments: str = "whole"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -200,6 +207,7 @@ RANGES: Mapping[str, tuple[float, float]] = {
     "training.accumulate": (1, 2**16),
     "training.workers": (1, 1024),
     "training.seed": (0, 2**62),
+    "training.segment_tokens": (0, 2**28),
     "optimizer.learning_rate": (0.0, 100.0),
     "optimizer.beta1": (0.0, 0.999999),
     "optimizer.beta2": (0.0, 0.99999999),
@@ -225,6 +233,7 @@ RANGES: Mapping[str, tuple[float, float]] = {
 }
 CHOICES: Mapping[str, tuple[str, ...]] = {
     "training.dtype": ("bf16", "fp32"),
+    "training.across_segments": ("whole", "truncated"),
     "schedule.kind": ("cosine", "warmup-stable-decay"),
     "loss.balance_over": ("pass", "step"),
     "watch.spike": ("noted", "skipped", "rolled back"),

@@ -194,8 +194,35 @@ def _check_text(data: DataSection) -> None:
 _DATA_KINDS = {"train": "tuple", "validation": "tuple", "tokenizer": "str"}
 
 
+def _check_segments(recipe: Recipe) -> None:
+    """Refuse what has no effect with passes in segments, or is not computed with them."""
+    training, loss = recipe.training, recipe.loss
+    if not training.segment_tokens:
+        if training.across_segments != "whole":
+            raise RecipeError(
+                f"training.across_segments is {training.across_segments!r}, and there are no "
+                "segments: give training.segment_tokens, or leave it out"
+            )
+        return
+    refused = {
+        "training.recompute_layers": (training.recompute_layers, "layers run again already"),
+        "loss.activation_coef": (bool(loss.activation_coef), "it is a mean over whole passes"),
+        "loss.balance_over": (
+            loss.balance_over == "step" and training.accumulate > 1,
+            "experts would be counted in passes without segments",
+        ),
+    }
+    for name, (given, why) in refused.items():
+        if given:
+            raise RecipeError(
+                f"training.segment_tokens is {training.segment_tokens:,} and {name} is given as "
+                f"well: {why}, so leave one of them out"
+            )
+
+
 def _check_together(recipe: Recipe) -> None:
     _check_text(recipe.data)
+    _check_segments(recipe)
     check_run(recipe, recipe.data.sequence_tokens)
 
 
