@@ -48,6 +48,7 @@ CONFIGS: dict[str, JambaConfig] = {
         vocab_size=VOCABULARY, num_experts=1
     ),
     "rotary, no inner norms": HYBRID.replace(position="rope", inner_norms=False),
+    "eight experts": HYBRID.replace(num_experts=8),
     "wide convolution": HYBRID.replace(conv_width=8),
 }
 # Documents of every reader: 25 rows do not divide by 2 or 4, and most cuts go through a document.
@@ -62,7 +63,7 @@ class Case:
     Attributes:
         lengths: of the documents of each reader.
         wrap: also cut the weights with FSDP2.
-        lopsided: the routers send nearly every row to the same experts.
+        lopsided: the routers send every row to the first half of eight experts.
         back: also make the whole of the parts again.
         meta: begin on the meta device, with values given afterwards.
         more: with the activation loss, and layers that run again in the backward pass.
@@ -87,8 +88,10 @@ def whole_model(config: str, lopsided: bool) -> Decoder:
         with torch.no_grad():
             for name, weight in decoder.named_parameters():
                 if name.endswith("router.weight"):
-                    weight.mul_(0.05)
-                    weight[1:3] += 4.0 * weight[1:3].sign()
+                    # Whatever a row's product with the first is, its two largest multiples are
+                    # among the first four; the others get no row from anybody.
+                    multiples = torch.tensor([1.0, 2.0, -1.0, -2.0, 0.5, -0.5, 0.25, -0.25])
+                    weight.copy_(multiples[:, None] * weight[:1])
     return decoder
 
 
@@ -294,7 +297,7 @@ CASES: dict[int, dict[str, Case]] = {
         "context, rotary": Case(L(context=2), "rotary, no inner norms", named=True),
         "context, other arms": Case(L(context=2), "dense, tied, biases, one key head"),
         "expert": Case(L(shard=2, expert=2), back=True),
-        "expert, uneven loads": Case(L(shard=2, expert=2), lopsided=True),
+        "expert, uneven loads": Case(L(shard=2, expert=2), "eight experts", lopsided=True),
         "expert with context": Case(L(context=2, expert=2)),
     },
     4: {
@@ -306,9 +309,14 @@ CASES: dict[int, dict[str, Case]] = {
             L(context=4), "wide convolution", lengths=((1, 8, 2),)
         ),
         "expert": Case(L(shard=4, expert=4)),
-        "expert, uneven loads": Case(L(shard=4, expert=4), lopsided=True),
+        "expert, uneven loads": Case(L(shard=4, expert=4), "eight experts", lopsided=True),
         "expert with FSDP": Case(
-            L(shard=4, expert=2), wrap=True, lopsided=True, meta=True, back=True
+            L(shard=4, expert=2),
+            "eight experts",
+            wrap=True,
+            lopsided=True,
+            meta=True,
+            back=True,
         ),
         "tensor with FSDP": Case(L(shard=2, tensor=2), wrap=True, back=True),
         "sequence with FSDP": Case(L(shard=2, tensor=2, sequence=True), wrap=True, meta=True),
