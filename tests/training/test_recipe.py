@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jamba_lm.errors import RecipeError
+from jamba_lm.finetuning.recipe_file import load_tuning_recipe
 from jamba_lm.training.recipe_file import build_recipe, load_recipe
 from jamba_lm.training.recipe_record import check_continuation, to_toml
 
@@ -39,15 +40,16 @@ def load(folder: Path, text: str = TEXT, changes: list[str] | None = None):
 
 
 def test_every_recipe_of_the_project_is_sound():
-    """Those that train; the others prepare text."""
-    recipes = [
-        path
+    """Those that train, from fresh weights or from a model; the others prepare text."""
+    found = {
+        path: tomllib.loads(path.read_text(encoding="utf-8"))
         for path in sorted((ROOT / "recipes").glob("*.toml"))
-        if "training" in tomllib.loads(path.read_text(encoding="utf-8"))
-    ]
-    assert {path.name for path in recipes} >= {"demo.toml", "demo50m.toml"}
-    for path in recipes:
-        load_recipe(path)
+    }
+    recipes = {path: sections for path, sections in found.items() if "training" in sections}
+    names = {path.name for path in recipes}
+    assert names >= {"demo.toml", "demo50m.toml", "headlines_full.toml", "headlines_lora.toml"}
+    for path, sections in recipes.items():
+        (load_tuning_recipe if "base" in sections["model"] else load_recipe)(path)
 
 
 def test_paths_are_relative_to_the_recipe(tmp_path):

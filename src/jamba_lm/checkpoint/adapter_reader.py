@@ -129,14 +129,14 @@ class _Reading:
         if module in stacks:
             self._take_stack(module, down, up, stacks)
         else:
-            own = self._own.get(f"{module}.weight")
-            if own is None or len(self._shapes[own]) != 2 or "conv" in module:
-                raise self._unknown(module)
             if self._config.tie_embeddings and module in ("lm_head", "model.embed_tokens"):
                 raise self._refuse(
                     f"changes {module} alone, but the model uses one matrix for both embedding and "
                     "head: it cannot be added to either"
                 )
+            own = self._own.get(f"{module}.weight")
+            if own is None or len(self._shapes[own]) != 2 or "conv" in module:
+                raise self._unknown(module)
             # Transformers' router is a parameter to peft, and patterns are matched with its name.
             known_as = f"{module}.weight" if module.endswith(".router") else module
             self._add(own, known_as, down, up, self._settings.scale_of(known_as))

@@ -153,14 +153,14 @@ def _as_groups(q_THP: Tensor, groups: int) -> Tensor:
     return _heads_first(q_THP).reshape(1, groups, -1, q_THP.shape[2])
 
 
-def _spread(x_GTP: Tensor, heads: int) -> Tensor:
+def _spread(x_1GTP: Tensor, heads: int) -> Tensor:
     """Repeat the keys or values of each group for its heads: [1, H, T, P]."""
-    groups = x_GTP.shape[1]
-    return x_GTP if groups == heads else x_GTP.repeat_interleave(heads // groups, dim=1)
+    groups = x_1GTP.shape[1]
+    return x_1GTP if groups == heads else x_1GTP.repeat_interleave(heads // groups, dim=1)
 
 
-def _summed(slope_HTP: Tensor, groups: int) -> Tensor:
+def _summed(slope_1HTP: Tensor, groups: int) -> Tensor:
     """Add up what the heads of a group say of its keys or values: [1, G, T, P]."""
-    if slope_HTP.shape[1] == groups:
-        return slope_HTP
-    return slope_HTP.unflatten(1, (groups, -1)).float().sum(2).to(slope_HTP.dtype)
+    if slope_1HTP.shape[1] == groups:
+        return slope_1HTP
+    return slope_1HTP.unflatten(1, (groups, -1)).float().sum(2).to(slope_1HTP.dtype)

@@ -8,41 +8,35 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from jamba_lm.data import PackedBatch
 from jamba_lm.errors import DataError, RecipeError
 from jamba_lm.kernels import ops
 from jamba_lm.model.decoder import Decoder
-from jamba_lm.model.routing import Routing, balance_loss
-from jamba_lm.training.activation_loss import ActivationLoss
-from jamba_lm.training.balance import Selections, count_selections, share_of_balance_loss
+from jamba_lm.model.routing import Routing
+from jamba_lm.training.balance import Selections, count_selections
 from jamba_lm.training.checkpointing import Progress, SavedRun
 from jamba_lm.training.optimizer import learning_rate_at, whole_norm
+from jamba_lm.training.passes import Pass, Passes, Share
 from jamba_lm.training.pretraining import fresh_start
 from jamba_lm.training.recipe import Recipe, RunRecipe
-from jamba_lm.training.recompute import recompute_layers
 from jamba_lm.training.run_folder import machine_record
-from jamba_lm.training.segments import SegmentedPass
 from jamba_lm.training.spikes import is_spike, remembered
 from jamba_lm.training.task import Start, Stream
 from jamba_lm.training.together import ALONE, Together
-from jamba_lm.training.trained_model import Rows, make_model
-from jamba_lm.training.validation import Validation, output_weight, validate
+from jamba_lm.training.trained_model import make_model
+from jamba_lm.training.validation import Validation, validate
 from jamba_lm.training.watching import (
     Maxima,
     all_largest,
     by_layer,
     largest,
-    loads,
     router_load,
-    watched,
 )
 
 logger = logging.getLogger(__name__)
@@ -75,23 +69,6 @@ class Gradients:
     losses: dict[str, float]
     maxima: Maxima
     load: dict[str, list[float]]
-
-
-@dataclass(frozen=True, slots=True)
-class _Share:
-    """What a pass must know of the step that it is a part of."""
-
-    num_targets: float
-    num_rows: float
-    num_passes: float
-    selections: Selections | None
-
-
-@dataclass(frozen=True, slots=True)
-class _Pass:
-    losses: dict[str, float]
-    maxima: Maxima
-    loads: list[Tensor]
 
 
 class Learner:
@@ -131,12 +108,7 @@ class Learner:
         self._model = make_model(recipe, together, start.decoder)
         self.decoder, self.optimizer = self._model.decoder, self._model.optimizer
         self._workers = self._model.workers
-        self._activation: list[ActivationLoss] = []
-        for decoder in self._workers.decoders:
-            if recipe.loss.activation_coef:
-                self._activation.append(ActivationLoss(decoder, recipe.loss.activation_coef))
-            if recipe.training.recompute_layers:
-                recompute_layers(decoder)
+        self._passes = Passes(recipe, self._model, together, start.before_pass, backend)
 
     def _open_stream(self) -> Stream:
         return self._text.open_stream(
@@ -271,14 +243,14 @@ class Learner:
         num_rows, num_targets = self._together.add_up(
             [sum(len(rows.ids_M) for rows in work), sum(rows.num_targets for rows in work)]
         )
-        share = _Share(
+        share = Share(
             num_targets,
             num_rows,
             len(batches) * self._together.readers,
             self._selections(batches),
         )
         size = len(self._workers.decoders)
-        passes: list[_Pass] = []
+        passes: list[Pass] = []
         done = self.progress.steps_done * self.recipe.training.accumulate
         for first in range(0, len(work), size):
             together = [
@@ -287,7 +259,8 @@ class Learner:
             ]
             self._model.announce_pass(last=first + size >= len(work))
             passes += self._workers.run(
-                lambda decoder, item: self._backward(decoder, item, share, watch), together
+                lambda decoder, item: self._passes.backward(decoder, item, share, watch=watch),
+                together,
             )
             self.optimizer.collect(len(together))
         losses = self._losses(passes)
@@ -300,7 +273,7 @@ class Learner:
             router_load(self.decoder, [one.loads for one in passes], self._together),
         )
 
-    def _losses(self, passes: Sequence[_Pass]) -> dict[str, float]:
+    def _losses(self, passes: Sequence[Pass]) -> dict[str, float]:
         """Add up the shares of all passes in all processes."""
         names = list(passes[0].losses)
         # Each pass apart, so that the sum does not depend on who took which.
@@ -329,91 +302,12 @@ class Learner:
             decoder(rows.ids_M, rows.batch, hidden=True)
         return rows.routing
 
-    def _backward(
-        self, decoder: Decoder, item: tuple[int, int, Rows], share: _Share, watch: bool
-    ) -> _Pass:
-        """Leave a batch's gradient in `decoder`; return its shares of the losses."""
-        number, worker, rows = item
-        if self._start.before_pass is not None:
-            self._start.before_pass(decoder, number)
-        if self.recipe.training.segment_tokens:
-            return self._backward_in_segments(decoder, rows, share, watch)
-        recipe, maxima = self.recipe, Maxima()
-        activation = self._activation[worker] if self._activation else None
-        rows_share = len(rows.ids_M) / share.num_rows
-        if activation is not None:
-            activation.begin(rows_share)
-        with ExitStack() as stack:
-            if watch:
-                maxima = stack.enter_context(watched(decoder))
-            hidden = decoder(rows.ids_M, rows.batch, hidden=True)
-        sums = self._model.losses(decoder, hidden, rows, recipe.loss.z_coef)
-        total = sums.total / share.num_targets
-        losses = {"loss": sums.entropy.item() / share.num_targets, "balance_loss": 0.0}
-        taken = loads(rows.routing) if watch else []
-        if rows.routing:
-            balance = self._balance(rows.routing, share)
-            total = total + decoder.config.aux_loss_coef * balance
-            losses["balance_loss"] = balance.item()
-        if recipe.loss.z_coef:
-            losses["z_loss"] = sums.squares.item() / share.num_targets
-        if activation is not None:
-            losses["activation_loss"] = activation.mean_square() * rows_share
-        total.backward()
-        return _Pass(losses, maxima, taken)
-
-    def _balance(self, routing: Sequence[Routing], share: _Share) -> Tensor:
-        """Return what one pass, or this process' rows of it, adds to the balance loss."""
-        if share.selections is not None:
-            return share_of_balance_loss(routing, share.selections)
-        if self._together.layout.context == 1:
-            return balance_loss(routing) / share.num_passes
-        own = count_selections([routing])
-        *counts, rows = self._together.add_up_of_pass(
-            [*own.selections_X.tolist(), float(own.num_rows)]
-        )
-        selections_X = torch.tensor(counts, device=own.selections_X.device)
-        return share_of_balance_loss(routing, Selections(selections_X, int(rows))) / (
-            share.num_passes
-        )
-
     @torch.no_grad()
     def _predict(self, packed: PackedBatch) -> tuple[float, int]:
         rows = self._model.rows_of(packed, self.backend)
         hidden = self.decoder(rows.ids_M, rows.batch, hidden=True)
         sums = self._model.losses(self.decoder, hidden, rows, 0.0)
         return sums.entropy.item(), rows.num_targets
-
-    def _backward_in_segments(
-        self, decoder: Decoder, rows: Rows, share: _Share, watch: bool
-    ) -> _Pass:
-        """Do the same a segment of rows at a time."""
-        recipe, maxima = self.recipe, Maxima()
-        segments = SegmentedPass(
-            decoder,
-            recipe.training.segment_tokens,
-            truncated=recipe.training.across_segments == "truncated",
-            backend=self.backend,
-        )
-        with ExitStack() as stack:
-            if watch:
-                maxima = stack.enter_context(watched(decoder))
-            found = segments.backward(
-                rows.ids_M,
-                rows.targets_M,
-                rows.batch.lengths,
-                weight_VD=output_weight(decoder),
-                entropy_coef=1 / share.num_targets,
-                z_coef=recipe.loss.z_coef,
-                balance_coef=decoder.config.aux_loss_coef / share.num_passes,
-            )
-        losses = {
-            "loss": found.entropy / share.num_targets,
-            "balance_loss": found.balance / share.num_passes,
-        }
-        if recipe.loss.z_coef:
-            losses["z_loss"] = found.squares / share.num_targets
-        return _Pass(losses, maxima, found.routing if watch else [])
 
     def validate(self) -> Validation:
         """Read the held-out documents."""

@@ -6,6 +6,7 @@ Imports no torch. Knows neither files nor how a run is carried out.
 from __future__ import annotations
 
 import dataclasses
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -155,7 +156,7 @@ class CheckpointSection:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class RunRecipe:
+class RunRecipe(ABC):
     """What every kind of training run needs to know, whatever it starts from and reads."""
 
     training: TrainingSection
@@ -167,9 +168,9 @@ class RunRecipe:
     checkpoint: CheckpointSection = field(default_factory=CheckpointSection)
     parallel: ParallelLayout = field(default_factory=ParallelLayout)
 
+    @abstractmethod
     def to_dict(self) -> dict[str, dict[str, Any]]:
         """Return plain sections, as a recipe file has them, with nothing left to a default."""
-        raise NotImplementedError
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

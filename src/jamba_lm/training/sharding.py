@@ -95,12 +95,18 @@ class ShardedDecoder:
                 f"training in several processes needs torch 2.9 or newer, this is "
                 f"{torch.__version__}: install a newer one, or train in one process"
             )
+        shared_rows = max(layout.context, layout.tensor, layout.expert) > 1
+        if shared_rows and not hasattr(dist, "all_gather_single"):
+            raise ProcessError(
+                f"parallel.context, tensor and expert need torch 2.13 or newer, this is "
+                f"{torch.__version__}: install a newer one, or leave them out"
+            )
         self.decoder = decoder
         self.shapes = {name: tuple(one.shape) for name, one in decoder.named_parameters()}
         self._layout, self._mesh = layout, layout.mesh(device.type)
         self._here = layout.coordinates(self._mesh.get_rank())
         self.parallel: Parallelized | None = None
-        if max(layout.context, layout.tensor, layout.expert) > 1:
+        if shared_rows:
             self.parallel = parallelize(decoder, layout, self._mesh)
         else:
             touch_idle_experts(decoder)
