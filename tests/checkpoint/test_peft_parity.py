@@ -164,10 +164,11 @@ def test_peft_applies_an_adapter_of_dt_proj_when_it_merges(base, tmp_path):
     assert_within(ours, their_logits(model.merge_and_unload()), ORACLE["fp32"])
 
 
-def test_what_is_written_is_read_again(base, tmp_path):
+@pytest.mark.parametrize("rslora", [False, True])
+def test_what_is_written_is_read_again(base, tmp_path, rslora):
     config = JambaConfig.load(base)
-    adapter = drawn_adapter(config, EVERYTHING, rank=3, scale=2.0)
-    write_adapter(tmp_path, adapter, config, alpha=6.0)
+    adapter = drawn_adapter(config, EVERYTHING, rank=3, scale=6.0 / 3**0.5 if rslora else 2.0)
+    write_adapter(tmp_path, adapter, config, alpha=6.0, rslora=rslora)
     found = read_adapter(tmp_path, config)
     assert found.changes.keys() == adapter.changes.keys()
     for name, change in adapter.changes.items():
