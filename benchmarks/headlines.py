@@ -4,7 +4,7 @@
     jamba finetune recipes/headlines_lora.toml --out runs/headlines-lora
     jamba finetune recipes/headlines_full.toml --out runs/headlines-full
     python -m benchmarks.headlines --adapter runs/headlines-lora/adapter \
-        --tuned runs/headlines-full/model --json docs/results/finetune.json
+        --tuned runs/headlines-full/model --shots 0,4,8,16,32 --json docs/results/finetune.json
 
 Every headline that is held out (by a hash of its text) is put in the same form, `HEADLINE` and
 `Sarcasm:` on a line each, and the label is the one of the two that the model finds more probable:
