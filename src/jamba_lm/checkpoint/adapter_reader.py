@@ -134,11 +134,6 @@ class _Reading:
                     f"changes {module} alone, but the model uses one matrix for both embedding and "
                     "head: it cannot be added to either"
                 )
-            if self._config.tie_embeddings and module in ("lm_head", "model.embed_tokens"):
-                raise self._refuse(
-                    f"changes {module} alone, but the model uses one matrix for both embedding and "
-                    "head: it cannot be added to either"
-                )
             own = self._own.get(f"{module}.weight")
             if own is None or len(self._shapes[own]) != 2 or "conv" in module:
                 raise self._unknown(module)
