@@ -67,6 +67,7 @@ def speed_table(blocks: Sequence[Mapping[str, Any]]) -> list[str]:
                 for name, one in engines.items()
                 if name not in ("jamba", MACHINE)
             ]
+            peers += [f"{name} failed" for name in speed["failed"] if name != "jamba"]
             # The roofline's time over ours: the share of it that is reached.
             share = percent(ratios[MACHINE]) if MACHINE in ratios else ""
             lines.append(
@@ -107,6 +108,9 @@ def cold_table(blocks: Sequence[Mapping[str, Any]]) -> list[str]:
     for block in blocks:
         for name, one in block.get("cold", {}).items():
             label = f"{name} {block['type']}" if name == "jamba" else name
+            if "failed" in one:
+                lines.append(f"| {label} | failed | | |")
+                continue
             seconds = f"{one['seconds']:.2f} s"
             shown = seconds if one["first_token"]["disturbed"] is None else f"[{seconds}]"
             weights = f"{block['weight_bytes'] / GIB:.2f} GiB" if name == "jamba" else ""
@@ -128,6 +132,8 @@ def parity_lines(blocks: Sequence[Mapping[str, Any]]) -> list[str]:
                 f"| {label} | {one['error']:.1e}{note} | {one['divergence']:.1e} "
                 f"| {one['top1']:.3f} | {one['same_greedy']} of {one['greedy']} |"
             )
+        for name, why in block["parity"]["failed"].items():
+            lines.append(f"| {name} | failed: {why} | | | |")
     return lines
 
 

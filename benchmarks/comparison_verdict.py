@@ -17,12 +17,18 @@ def problems_of(result: dict[str, Any]) -> list[str]:
         for engine, parity in block["parity"]["engines"].items():
             if parity["problem"]:
                 problems.append(f"{name}, {engine}: {parity['problem']}")
+        for engine, why in block["parity"]["failed"].items():
+            problems.append(f"{name}, {engine}: {why}")
         for what, speed in block["speed"].items():
+            for engine, why in speed["failed"].items():
+                problems.append(f"{name}, {what}, {engine}: {why}")
             judged = speed["ratios"] or speed["engines"]
             for engine, one in judged.items():
                 if one["problem"]:
                     problems.append(f"{name}, {what}, {engine}: {one['problem']}")
         for engine, one in block.get("cold", {}).items():
-            if one["first_token"]["disturbed"]:
+            if "failed" in one:
+                problems.append(f"{name}, first token, {engine}: {one['failed']}")
+            elif one["first_token"]["disturbed"]:
                 problems.append(f"{name}, first token, {engine}: {one['first_token']['disturbed']}")
     return problems

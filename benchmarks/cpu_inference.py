@@ -1,36 +1,39 @@
 """Ours, transformers and llama.cpp on the same weights and the same quiet machine.
 
     python -m benchmarks.cpu_inference [--shape tiny mid 3b] [--type bf16 int8 int4]
-        [--engines jamba,transformers,llama.cpp] [--llama-cpp DIR] [--out DIR]
+        [--engines jamba,transformers,llama.cpp] [--llama-cpp DIR] [--out DIR] [--resume]
         [--write docs/results/cpu.md]
 
 First the machine is calibrated and the engines are compared: same logits to the rounding of the
 type, same greedy tokens. Then they are measured in alternation, and in the same rounds what the
 machine could do at that moment. Samples that others of this machine disturbed are thrown away, and
-a ratio that is not known to within a tenth is reported as such, with status 1. Checkpoints and
-llama.cpp are kept in a cache folder.
+a ratio that is not known to within a tenth is reported as such, with status 1. An engine that fails
+is named and left out. Each block (a shape in a type) is written when it is done; `--resume` goes on
+behind the last one. Checkpoints and llama.cpp are kept in a cache folder.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import sys
-import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
-from benchmarks import engine_client, llama_cpp, parity_gate
-from benchmarks.calibration import Peaks, measure_peaks
-from benchmarks.checkpoints import SHAPES, checkpoint, fits_together, truth_type
+from benchmarks import engine_client, llama_cpp
+from benchmarks.calibration import measure_peaks
+from benchmarks.checkpoints import SHAPES, checkpoint, fits_together
+from benchmarks.comparison_parity import check_parity
 from benchmarks.comparison_report import MACHINE, markdown, plot, replace_tables
+from benchmarks.comparison_run import ENGINES, TYPES, Run, place_of
 from benchmarks.comparison_verdict import problems_of
 from benchmarks.engine_client import Worker, worker
 from benchmarks.limits import speeds_now
-from benchmarks.our_model import packed_folder
 from benchmarks.quiet import Verdict
 from benchmarks.ratios import paired
 from benchmarks.record import hardware, write_json
@@ -40,16 +43,9 @@ from jamba_lm.analysis.roofline import Call, floor_seconds, model_work
 from jamba_lm.config import JambaConfig
 from jamba_lm.presets import preset
 
-TYPES = ("fp32", "bf16", "int8", "int4")
-ENGINES = ("jamba", "transformers", "llama.cpp")
-# What llama.cpp keeps the same weights in: the types that a user would choose between.
-LLAMA_TYPES = {"fp32": ["F32"], "bf16": ["BF16", "F16"], "int8": ["Q8_0"], "int4": ["Q4_K_M"]}
-# transformers has no quantised Jamba for a CPU: its fastest type stands beside ours.
-PEER_TYPE = {"fp32": "fp32", "bf16": "bf16", "int8": "bf16", "int4": "bf16"}
 # Tokens written in one sample: long enough to time, short enough to be quiet.
 NEW_TOKENS = {"tiny": 64, "mid": 32, "3b": 16}
 DECODE_PROMPT = 16
-PARITY_TOKENS, GREEDY_TOKENS = 96, 24
 COLD_RUNS = 3
 
 
@@ -84,80 +80,17 @@ def measures(shape: str, prompts: list[int], batches: list[int]) -> list[Measure
     ]
 
 
-@dataclass(slots=True)
-class Run:
-    """What the whole run shares."""
-
-    options: argparse.Namespace
-    llama: llama_cpp.LlamaCpp | None
-    peaks: Peaks
-    watch: Stopwatch
-
-    @property
-    def threads(self) -> int:
-        """Threads of every engine."""
-        return int(self.options.threads)
-
-    def say(self, text: str) -> None:
-        """Tell how far the run is, on stderr."""
-        self.watch.log(text)
-
-
 def floor_now(run: Run, config: JambaConfig, weights: str, measure: Measure) -> float:
     """Return the least seconds a sample could take on the machine as it is at this moment."""
     speeds = speeds_now(config, weights, run.threads, tries=2)
     return sum(floor_seconds(model_work(config, call, weights), speeds) for call in measure.calls())
 
 
-def place_of(engine: str, folder: Path, weights: str) -> tuple[str, Path, str]:
-    """Return how a worker is started: the engine, the folder it reads and the type it uses."""
-    if engine == "jamba":
-        return engine, packed_folder(folder, weights), weights
-    return engine, folder, PEER_TYPE[weights]
-
-
-def check_parity(run: Run, shape: str, weights: str, folder: Path) -> dict[str, Any]:
-    """Compare every engine with the truth; returns one record per engine."""
-    config, wide = preset(shape), truth_type(shape)
-    ids = engine_client.some_ids(config.vocab_size, PARITY_TOKENS)
-    found: dict[str, tuple[str, Any, list[int]]] = {}
-    with tempfile.TemporaryDirectory() as temporary:
-        place = Path(temporary)
-        for engine in [one for one in ("jamba", "transformers") if one in run.options.engines]:
-            with worker(*place_of(engine, folder, weights), run.threads) as asked:
-                greedy = asked.ask("greedy", ids=ids, tokens=GREEDY_TOKENS)["ids"]
-                kind = weights if engine == "jamba" else PEER_TYPE[weights]
-                found[engine] = (kind, asked.logits(ids, place), greedy)
-        for kind in LLAMA_TYPES[weights] if run.llama is not None else []:
-            assert run.llama is not None
-            model = llama_cpp.gguf_file(run.llama, folder, kind, run.threads)
-            logits = run.llama.logits(model, ids, run.threads, place)
-            greedy = run.llama.greedy(model, ids, GREEDY_TOKENS, run.threads)
-            found[f"llama.cpp {kind}"] = (kind, logits, greedy)
-        with worker("transformers", folder, wide, run.threads) as truth:
-            expected = truth.logits(ids, place)
-            likeliest = truth.ask("greedy", ids=ids, tokens=GREEDY_TOKENS)["ids"]
-            judged = {}
-            for name, (kind, logits, greedy) in found.items():
-                along = truth.logits([*ids, *greedy], place)[len(ids) - 1 : -1]
-                judged[name] = parity_gate.compare(kind, logits, expected, greedy, likeliest, along)
-    for name, parity in judged.items():
-        verdict = parity.problem or "the same to rounding"
-        run.say(f"  {name}: error {parity.error:.2g}, top-1 {parity.top1:.3f}: {verdict}")
-    records = {name: asdict(parity) for name, parity in judged.items()}
-    if {"jamba", "transformers"} <= judged.keys() and weights == "bf16" and wide == "fp32":
-        ratio = judged["jamba"].median_error / judged["transformers"].median_error
-        records["jamba"]["error_over_transformers"] = ratio
-        if ratio > parity_gate.BF16_RATIO:
-            records["jamba"]["problem"] = f"its error is {ratio:.2f} times that of transformers"
-    return {"truth": f"transformers {wide}", "engines": records}
-
-
 def measure_speed(
     run: Run, shape: str, weights: str, folder: Path, engines: list[str]
-) -> dict[str, dict[str, Verdict]]:
-    """Measure the engines in alternation; returns a verdict for each measure and engine."""
-    found: dict[str, dict[str, Verdict]] = {}
+) -> dict[str, dict[str, Any]]:
+    """Measure the engines in alternation; returns a record for each measure."""
+    found: dict[str, dict[str, Any]] = {}
     ours = [engine for engine in ("jamba", "transformers") if engine in engines]
     kinds = [name.removeprefix("llama.cpp ") for name in engines if name.startswith("llama.cpp ")]
     together = fits_together(shape, len(ours) + len(kinds))
@@ -183,8 +116,10 @@ def measure_speed(
             actions[MACHINE] = partial(floor_now, run, preset(shape), weights, measure)
             run.watch.pids = partial(pids_of, running)
             patience = Patience(run.options.samples, run.options.most, run.options.seconds)
-            found[measure.name] = run.watch.alternate(actions, patience)
+            failed: dict[str, str] = {}
+            verdicts = run.watch.alternate(actions, patience, failed=failed)
             run.watch.pids = partial(pids_of, [])
+        found[measure.name] = speed_record(measure.rows, verdicts) | {"failed": failed}
     return found
 
 
@@ -241,8 +176,9 @@ def measure_cold(
             memory[name] = engine_client.peak_bytes(*arguments, tokens)
     run.say(f"{shape} {weights}: from the start of a process to its first token")
     patience = Patience(COLD_RUNS, run.options.most, run.options.seconds)
-    verdicts = run.watch.alternate(starts, patience)
-    return {
+    failed: dict[str, str] = {}
+    verdicts = run.watch.alternate(starts, patience, failed=failed)
+    return {name: {"failed": why} for name, why in failed.items()} | {
         name: {
             "first_token": asdict(verdict),
             "seconds": verdict.seconds,
@@ -263,9 +199,7 @@ def compare_engines(run: Run, shape: str, weights: str) -> dict[str, Any]:
     block: dict[str, Any] = {"shape": shape, "type": weights, "parity": parity, "speed": {}}
     if not engines:
         return block
-    verdicts = measure_speed(run, shape, weights, folder, engines)
-    for measure in measures(shape, run.options.prompts, run.options.batches):
-        block["speed"][measure.name] = speed_record(measure.rows, verdicts[measure.name])
+    block["speed"] = measure_speed(run, shape, weights, folder, engines)
     block["weight_bytes"] = weight_bytes(config, weights)
     if run.options.cold:
         block["cold"] = measure_cold(run, shape, weights, folder, engines)
@@ -307,13 +241,51 @@ def parse_options() -> argparse.Namespace:
     add("--llama-cpp", type=Path, help="folder where llama.cpp was built")
     add("--cache", type=Path, default=llama_cpp.cache_folder(), help="for checkpoints")
     add("--out", type=Path, help="folder for cpu.json, cpu.md and cpu.png")
+    add("--resume", action="store_true", help="keep the blocks that --out has of this commit")
     add("--write", type=Path, help="replace the tables in this document")
     options = parser.parse_args()
+    if options.resume and options.out is None:
+        parser.error("--resume needs --out, the folder that was written to")
     options.engines = options.engines.split(",")
     unknown = set(options.engines) - set(ENGINES)
     if unknown:
         parser.error(f"no engine {', '.join(sorted(unknown))}; choose from {', '.join(ENGINES)}")
     return options
+
+
+# What says where things lie on this machine is no part of how to repeat a run elsewhere.
+PLACES = ("--llama-cpp", "--cache", "--out", "--write")
+
+
+def command(arguments: Sequence[str]) -> str:
+    """Write the command that repeats this run, on whatever machine."""
+    kept, skip = [], False
+    for argument in arguments:
+        place = argument.split("=")[0] in PLACES
+        if not (place or skip or argument == "--resume"):
+            kept.append(argument)
+        skip = place and "=" not in argument
+    return " ".join(["python -m benchmarks.cpu_inference", *kept])
+
+
+def blocks_before(run: Run) -> dict[tuple[str, str], dict[str, Any]]:
+    """Return the blocks that `--resume` keeps, by shape and type.
+
+    Raises:
+        SystemExit: they were measured by another command or commit.
+    """
+    path = run.options.out / "cpu.json" if run.options.resume else None
+    if path is None or not path.exists():
+        return {}
+    before = json.loads(path.read_text(encoding="utf-8"))
+    ours = (command(sys.argv[1:]), hardware()["commit"])
+    theirs = (before["command"], before["hardware"]["commit"])
+    if theirs != ours:
+        sys.exit(
+            f"error: {path} is of {theirs[0]!r} at {theirs[1]}, this is {ours[0]!r} at {ours[1]}; "
+            f"leave --resume out, or name another folder"
+        )
+    return {(block["shape"], block["type"]): block for block in before["blocks"]}
 
 
 def main() -> None:
@@ -325,26 +297,27 @@ def main() -> None:
         llama = llama_cpp.find_or_build(options.llama_cpp)
     watch.log("calibrating")
     run = Run(options, llama, measure_peaks(options.threads), watch)
-    try:
-        blocks = [
-            compare_engines(run, shape, weights)
-            for shape in options.shape
-            for weights in options.types
-        ]
-    except engine_client.EngineFailure as failure:
-        sys.exit(f"error: {failure}")
-    result = {
-        "command": "python -m benchmarks.cpu_inference " + " ".join(sys.argv[1:]),
+    before = blocks_before(run)
+    result: dict[str, Any] = {
+        "command": command(sys.argv[1:]),
         "hardware": hardware(),
         "peaks": asdict(run.peaks),
-        "peaks_after": asdict(measure_peaks(options.threads)),
-        "blocks": blocks,
+        "blocks": [],
     }
-    text = markdown(result)
+    for shape, weights in product(options.shape, options.types):
+        block = before.get((shape, weights))
+        if block is None:
+            block = compare_engines(run, shape, weights)
+        else:
+            run.say(f"{shape} {weights}: kept from the run before")
+        result["blocks"].append(block)
+        result["peaks_after"] = asdict(measure_peaks(options.threads))
+        text = markdown(result)
+        if options.out is not None:
+            write_json(options.out / "cpu.json", result)
+            (options.out / "cpu.md").write_text(text + "\n", encoding="utf-8")
     print(text)
     if options.out is not None:
-        write_json(options.out / "cpu.json", result)
-        (options.out / "cpu.md").write_text(text + "\n", encoding="utf-8")
         plot(result, options.out / "cpu.png")
     if options.write is not None:
         replace_tables(options.write, text)

@@ -21,12 +21,13 @@ import torch
 from torch import Tensor
 
 from benchmarks.record import ROOT
+from benchmarks.timing import SampleFailure
 from jamba_lm.tensor_file import TensorFile
 
 FIRST_PROMPT = 16
 
 
-class EngineFailure(Exception):
+class EngineFailure(SampleFailure):
     """A process that was to be measured ended; its own output says why."""
 
 

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.checkpoints import SHAPES, checkpoint
-from benchmarks.cpu_inference import TYPES
+from benchmarks.comparison_run import TYPES
 from benchmarks.engine_client import environment
 from benchmarks.llama_cpp import cache_folder
 from benchmarks.our_model import packed_folder

@@ -27,7 +27,7 @@ import torch
 from torch import nn
 
 from benchmarks.checkpoints import SHAPES, checkpoint
-from benchmarks.cpu_inference import TYPES
+from benchmarks.comparison_run import TYPES
 from benchmarks.engine_worker import random_ids
 from benchmarks.limits import speeds_now
 from benchmarks.llama_cpp import cache_folder

@@ -130,7 +130,7 @@ def first_token(shape: str, weights: str, cache: Path, repeats: int) -> list[dic
 def main() -> None:
     """Print a table, or one JSON object."""
     from benchmarks.checkpoints import SHAPES
-    from benchmarks.cpu_inference import TYPES
+    from benchmarks.comparison_run import TYPES
     from benchmarks.llama_cpp import cache_folder
 
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])

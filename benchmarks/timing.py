@@ -22,6 +22,10 @@ Answer = TypeVar("Answer")
 Action = Callable[[], float]
 
 
+class SampleFailure(Exception):
+    """A sample could not be taken; the message says why."""
+
+
 @dataclass(slots=True)
 class Patience:
     """How long to try.
@@ -71,7 +75,11 @@ class Stopwatch:
     log: Callable[[str], None] = to_stderr
 
     def alternate(
-        self, actions: Mapping[str, Action], patience: Patience, warm_up: int = 1
+        self,
+        actions: Mapping[str, Action],
+        patience: Patience,
+        warm_up: int = 1,
+        failed: dict[str, str] | None = None,
     ) -> dict[str, Verdict]:
         """Take samples of all actions in turn, until they are `settled` or patience ends.
 
@@ -79,17 +87,37 @@ class Stopwatch:
             actions: what is compared, by name; the first one is what the others are held against.
             patience: how long to try.
             warm_up: rounds that do not count.
+            failed: gets the name of each action that raised `SampleFailure`, and why. It leaves the
+                comparison with all its samples; the others go on. Without it they do not.
+
+        Raises:
+            SampleFailure: an action did, and there is no `failed`; or none of them is left.
         """
-        for _ in range(warm_up):
-            for action in actions.values():
-                action()
         samples: dict[str, list[Sample]] = {name: [] for name in actions}
+
+        def leave(name: str, failure: SampleFailure) -> None:
+            if failed is None or len(samples) == 1:
+                raise failure
+            self.log(f"  {name}: failed, and is left out: {failure}")
+            failed[name] = str(failure)
+            del samples[name]
+
+        for _ in range(warm_up):
+            for name in list(samples):
+                try:
+                    actions[name]()
+                except SampleFailure as failure:
+                    leave(name, failure)
         started = time.monotonic()
         rate = probe(self.threads).wall
         while True:
-            for name, action in actions.items():
-                sample, rate = self._sample(action, rate)
-                samples[name].append(sample)
+            for name in list(samples):
+                try:
+                    sample, rate = self._sample(actions[name], rate)
+                except SampleFailure as failure:
+                    leave(name, failure)
+                else:
+                    samples[name].append(sample)
             verdicts = {name: judge(taken) for name, taken in samples.items()}
             taken = len(next(iter(samples.values())))
             if settled(verdicts, patience.wanted) or taken >= patience.most:

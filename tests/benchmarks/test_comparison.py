@@ -11,6 +11,7 @@ import torch
 
 from benchmarks.comparison_report import bars_of, labels_of, markdown, plot
 from benchmarks.comparison_verdict import problems_of
+from benchmarks.cpu_inference import command
 from benchmarks.engine_client import EngineFailure
 from benchmarks.llama_cpp import (
     AMX_CALL,
@@ -178,13 +179,15 @@ def result() -> dict[str, Any]:
                 "type": "bf16",
                 "weight_bytes": 2**30,
                 "parity": {
-                    "engines": {name: dict(parity) for name in engines if name != "roofline"}
+                    "engines": {name: dict(parity) for name in engines if name != "roofline"},
+                    "failed": {},
                 },
                 "speed": {
                     "prefill 512": {
                         "rows": 512,
                         "engines": engines,
                         "ratios": ratios,
+                        "failed": {},
                     }
                 },
                 "cold": {
@@ -245,6 +248,31 @@ def test_an_engine_that_computes_something_else_is_named():
     found["blocks"][0]["parity"]["engines"]["jamba"]["problem"] = "its logits are off"
     assert problems_of(found) == ["tiny bf16, jamba: its logits are off"]
     assert "not measured: its logits are off" in markdown(found)
+
+
+def test_an_engine_that_fails_is_named_and_the_rest_is_told():
+    found = result()
+    block = found["blocks"][0]
+    block["parity"]["failed"]["llama.cpp BF16"] = "it crashed"
+    block["speed"]["prefill 512"]["failed"]["llama.cpp F16"] = "it printed nothing"
+    block["cold"]["transformers"] = {"failed": "it was killed"}
+    assert problems_of(found) == [
+        "tiny bf16, llama.cpp BF16: it crashed",
+        "tiny bf16, prefill 512, llama.cpp F16: it printed nothing",
+        "tiny bf16, first token, transformers: it was killed",
+    ]
+    text = markdown(found)
+    assert "| llama.cpp BF16 | failed: it crashed |" in text
+    assert "llama.cpp F16 failed |" in text
+    assert "| transformers | failed |" in text
+    assert "transformers 100 (**20.00x**" in text
+
+
+def test_the_command_that_is_told_says_nothing_of_this_machine():
+    told = command(
+        ["--shape", "mid", "--llama-cpp", "/a", "--out=/b", "--resume", "--samples", "7"]
+    )
+    assert told == "python -m benchmarks.cpu_inference --shape mid --samples 7"
 
 
 def test_a_run_without_ours_has_no_ratios():

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import pytest
+
 from benchmarks.calibration import probe
 from benchmarks.engine_worker import random_ids
 from benchmarks.prediction import missed, speeds_of, table
 from benchmarks.quiet import Sample, judge
 from benchmarks.selective_scan import by_scan
-from benchmarks.timing import Patience, Stopwatch, timed
+from benchmarks.timing import Patience, SampleFailure, Stopwatch, timed
 
 
 def test_what_is_compared_takes_turns_and_the_warm_up_does_not_count():
@@ -36,6 +38,29 @@ def test_it_ends_when_the_ratios_are_known_although_the_speeds_are_not():
     found = watch.alternate(actions, Patience(4, 50, 60.0), warm_up=0)
     assert len(found["a"].raw) == 4
     assert found["a"].problem is not None
+
+
+def test_what_fails_leaves_the_comparison_and_the_others_go_on():
+    def fails_after(samples: int):
+        left = iter([1.0] * samples)
+
+        def run() -> float:
+            for seconds in left:
+                return seconds
+            raise SampleFailure("it is broken")
+
+        return run
+
+    watch = Stopwatch(threads=1, log=lambda text: None)
+    failed: dict[str, str] = {}
+    actions = {"a": lambda: 1.0, "b": fails_after(2), "c": fails_after(0)}
+    found = watch.alternate(actions, Patience(50, 4, 60.0), failed=failed)
+    assert list(found) == ["a"]
+    assert len(found["a"].raw) == 4
+    assert failed == {"b": "it is broken", "c": "it is broken"}
+    for alone, where in ((actions, None), ({"c": actions["c"]}, {})):
+        with pytest.raises(SampleFailure, match="it is broken"):
+            watch.alternate(alone, Patience(50, 4, 60.0), failed=where)
 
 
 def test_patience_ends():

@@ -22,8 +22,17 @@ KINDS = {
     "int4 by 32": lambda weight: quantize_int4(weight, 32),
     "int4 by 64": lambda weight: quantize_int4(weight, 64),
 }
-# Rows, outputs, inputs: less than a tile, a bit more than one, more than a part of each.
-SHAPES = [(17, 1, 64), (18, 33, 192), (64, 16, 64), (50, 300, 640), (530, 40, 1088)]
+# Rows, outputs, inputs: less than a tile, a bit more than one, more than a part of each, more groups
+# than a kernel unpacks at once.
+SHAPES = [
+    (17, 1, 64),
+    (18, 33, 192),
+    (64, 16, 64),
+    (18, 33, 224),
+    (50, 300, 640),
+    (530, 40, 1088),
+    (18, 20, 4416),
+]
 
 
 def matrix_of(weight: Tensor | PackedWeight) -> Tensor:
@@ -31,8 +40,11 @@ def matrix_of(weight: Tensor | PackedWeight) -> Tensor:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("kind", "shape"),
+    [(k, shape) for k in KINDS for shape in SHAPES if k != "int4 by 64" or shape[2] % 64 == 0],
+    ids=str,
+)
 @pytest.mark.parametrize("path", PATHS)
 def test_many_rows_meet_the_matrix(path, kind, shape, dtype):
     rows, outputs, inputs = shape

@@ -23,7 +23,7 @@ KINDS = {
 }
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 # Rows, outputs, inputs: one row, a few, one more than few, many; outputs that fill no vector; more
-# groups than a kernel unpacks at once.
+# groups than a kernel unpacks at once. Then inputs that fill no step of a kernel.
 SHAPES = [
     (1, 1, 64),
     (1, 48, 128),
@@ -33,7 +33,12 @@ SHAPES = [
     (17, 5, 64),
     (2, 6, 4160),
     (70, 96, 256),
+    (1, 9, 32),
+    (3, 17, 224),
+    (20, 33, 4128),
 ]
+# What the inputs of a matrix must be a multiple of.
+MULTIPLE = {"int8": 1, "int4 by 32": 32, "int4 by 64": 64}
 
 
 def tolerance(backend: str, dtype: str) -> float:
@@ -59,8 +64,11 @@ def defined(x: Tensor, weight: PackedWeight, bias: Tensor | None) -> Tensor:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("kind", "shape"),
+    [(kind, shape) for kind in KINDS for shape in SHAPES if shape[2] % MULTIPLE[kind] == 0],
+    ids=str,
+)
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_the_product_is_that_of_the_matrix_it_stands_for(backend, kind, shape, dtype):
     rows, outputs, inputs = shape
@@ -85,14 +93,15 @@ def test_the_product_is_that_of_the_matrix_it_stands_for(backend, kind, shape, d
 )
 def test_any_shape_gives_the_product(backend, rows, outputs, runs, kind, dtype, size, seed):
     draw = torch.Generator().manual_seed(seed)
-    weight = KINDS[kind](size * torch.randn(outputs, 64 * runs, generator=draw))
-    x = torch.randn(rows, 64 * runs, generator=draw).to(DTYPES[dtype])
+    inputs = runs * max(8, MULTIPLE[kind])
+    weight = KINDS[kind](size * torch.randn(outputs, inputs, generator=draw))
+    x = torch.randn(rows, inputs, generator=draw).to(DTYPES[dtype])
     y = ops.packed_linear(x, weight, backend=backend)
     assert y.shape == (rows, outputs)
     if rows:
         expected = defined(x, weight, None)
         # A sum near zero is as exact as its terms are large.
-        terms = x.double().abs() @ defined(torch.eye(64 * runs), weight, None).abs()
+        terms = x.double().abs() @ defined(torch.eye(inputs), weight, None).abs()
         error = (y.double() - expected).abs()
         per_term = tolerance(backend, dtype if backend == "native" else "fp32")
         allowed = per_term * terms + tolerance(backend, dtype) * expected.abs()
@@ -118,14 +127,15 @@ def test_sums_of_the_largest_integers_do_not_overflow(path):
     assert_within(y, torch.full((3, 5), float(inputs)), PACKED_LINEAR["fp32"])
 
 
+@pytest.mark.parametrize(("inputs", "group"), [(192, 64), (192, 32), (224, 32), (4128, 32)])
 @pytest.mark.parametrize("path", PATHS)
-def test_integers_are_multiplied_exactly(path):
+def test_integers_are_multiplied_exactly(path, inputs, group):
     # The largest input is what the kernel rounds to 32767, so that the others round to themselves.
-    x = torch.randint(-200, 200, (3, 192)).float()
+    x = torch.randint(-200, 200, (3, inputs)).float()
     x[:, 5] = torch.tensor([32767.0, -32767.0, 32767.0])
-    eight = Int8Weight(torch.randint(-3, 4, (9, 192), dtype=torch.int8), torch.ones(9))
-    packed = torch.randint(256, (9, 96), dtype=torch.uint8)
-    one = torch.ones(9, 3, dtype=torch.bfloat16)
+    eight = Int8Weight(torch.randint(-3, 4, (9, inputs), dtype=torch.int8), torch.ones(9))
+    packed = torch.randint(256, (9, inputs // 2), dtype=torch.uint8)
+    one = torch.ones(9, inputs // group, dtype=torch.bfloat16)
     for weight in (eight, Int4Weight(packed, one, -8 * one), Int4Weight(packed, 2 * one, one)):
         found = native_products.packed_linear(x, weight, path=path)
         assert torch.equal(found.double(), defined(x, weight, None))
