@@ -15,6 +15,8 @@ struct Products {
   uint32_t *sums;     // [row tile][output tile][TILE_WORDS]
 };
 
+static_assert(DEPTH_OF_PART <= 16, "tile_nibbles takes as many lines as a vector has lanes");
+
 inline void multiply_tiles(const TileKernels &kernels, Words words, const TileProduct &product) {
   switch (words) {
     case Words::FLOATS: return float_tiles(product);

@@ -301,11 +301,9 @@ inline Ahead weights_ahead(const jamba_matrix &matrix, Words words, int64_t firs
 }
 
 #if defined(__AVX512BW__)
-// Groups whose scales are made wide at a time.
-constexpr int64_t TABLED_GROUPS = 64;
-
-// Inputs [begin, begin + 32 lines) of a row of INT4 as lines of PAIRS, TILE_WORDS apart. A group
-// has sixteen values: they are rounded once and looked up.
+// Inputs [begin, begin + 32 lines) of a row of INT4 as lines of PAIRS, TILE_WORDS apart; at most
+// LANES lines, whose scales fill a register. A group has sixteen values: they are rounded once and
+// looked up.
 inline void tile_nibbles(const jamba_matrix &matrix, int64_t row, int64_t begin, int64_t lines,
                          uint32_t *line) {
   constexpr Vec STEPS = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
@@ -313,20 +311,13 @@ inline void tile_nibbles(const jamba_matrix &matrix, int64_t row, int64_t begin,
   const uint8_t *const bytes =
       (const uint8_t *)matrix.values + row * (matrix.I / 2) + nibble_byte(begin);
   const int64_t first_block = begin / 32, groups = (matrix.I / 32) >> shift;
-  float scales[TABLED_GROUPS], minima[TABLED_GROUPS];
-  int64_t known = -1;
+  const int64_t first = first_block >> shift, at = row * groups + first;
+  float scales[LANES], minima[LANES];
+  store(scales, load_as<true>(matrix.scale, at, groups - first));
+  store(minima, load_as<true>(matrix.minimum, at, groups - first));
   for (int64_t t = 0; t < lines; t++, line += TILE_WORDS) {
-    const int64_t group = (first_block + t) >> shift, some = group / TABLED_GROUPS;
-    if (some != known) {
-      for (int64_t g = 0; g < TABLED_GROUPS; g += LANES) {
-        const int64_t at = some * TABLED_GROUPS + g, left = groups - at < 0 ? 0 : groups - at;
-        store(scales + g, load_as<true>(matrix.scale, row * groups + at, left));
-        store(minima + g, load_as<true>(matrix.minimum, row * groups + at, left));
-      }
-      known = some;
-    }
-    const Vec scale = set(scales[group % TABLED_GROUPS]);
-    const Vec minimum = set(minima[group % TABLED_GROUPS]);
+    const int64_t group = ((first_block + t) >> shift) - first;
+    const Vec scale = set(scales[group]), minimum = set(minima[group]);
     const HalfVec values =
         __builtin_convertvector(bfloat16_bits(fma(STEPS, scale, minimum)) >> 16, HalfVec);
     SomeUnsignedBytes both;

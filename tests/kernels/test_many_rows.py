@@ -22,8 +22,8 @@ KINDS = {
     "int4 by 32": lambda weight: quantize_int4(weight, 32),
     "int4 by 64": lambda weight: quantize_int4(weight, 64),
 }
-# Rows, outputs, inputs: less than a tile, a bit more than one, more than a part of each, more groups
-# than a kernel unpacks at once.
+# Rows, outputs, inputs: less than a tile, a bit more than one, more than a part of each, more
+# groups than a kernel unpacks at once.
 SHAPES = [
     (17, 1, 64),
     (18, 33, 192),
