@@ -16,7 +16,7 @@ import sys
 import tarfile
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -63,10 +63,12 @@ class LlamaCpp:
     Attributes:
         programs: folder of llama-bench and the others, and of the shared libraries.
         source: folder of llama.cpp's sources, for its headers.
+        unpacked: models that llama-batched-bench was found to die of with repacked weights.
     """
 
     programs: Path
     source: Path
+    unpacked: set[Path] = field(default_factory=set, compare=False)
 
     def run(self, program: str, *arguments: object, threads: int) -> str:
         """Run a program to its end and return what it printed.
@@ -107,15 +109,17 @@ class LlamaCpp:
         ]
         printed = ""
         for _ in range(PRINT_TRIES):
+            packed = model not in self.unpacked
+            extra = [] if packed else [NO_REPACKING]
             try:
-                printed = self.run("llama-batched-bench", *arguments, threads=threads)
+                printed = self.run("llama-batched-bench", *arguments, *extra, threads=threads)
             except EngineFailure as failure:
-                if NO_REPACKING in arguments:
+                if not packed:
                     raise
                 # With AMX it dies where several sequences meet packed weights; a user would find
                 # the option that helps, so that is what is measured, and said.
                 print(f"  {model.name}: {failure}; trying {NO_REPACKING}", file=sys.stderr)
-                arguments.append(NO_REPACKING)
+                self.unpacked.add(model)
                 continue
             if printed.strip():
                 break
