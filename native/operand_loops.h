@@ -6,6 +6,7 @@
 #ifndef JAMBA_OPERAND_LOOPS_H
 #define JAMBA_OPERAND_LOOPS_H
 
+#include "few_rows.h"
 #include "paths.h"
 #include "simd.h"
 
@@ -25,12 +26,14 @@ struct Operand {
   float *unit;        // [M] what 1 in `fixed` stands for
   float *group_sums;  // [M][groups] of `fixed`, for the minima of INT4
   int64_t padded, groups;
+  const TileKernels *few;  // who multiplies `tiles`, instead of all of the above; or null
+  FewTiles tiles;
 };
 
 // Floats of scratch that an operand of any kind takes.
 inline int64_t operand_floats(int64_t rows, int64_t inputs) {
-  const int64_t padded = padded_inputs(inputs);
-  return rows * (padded + padded / 32) + cache_line_floats(rows) + padded;
+  const int64_t padded = padded_inputs(inputs), whole = divide_up(rows, FEW) * FEW;
+  return whole * (padded + padded / 16) + cache_line_floats(rows) + padded;
 }
 
 // The first of the two inputs in byte `b` of a row; the other is 16 inputs on.
@@ -74,11 +77,10 @@ JAMBA_INLINE float from_integers(const Peak &peak, float most) {
 }
 
 inline void fix_row(const float *x, int64_t inputs, int16_t *fixed, float *unit) {
-  constexpr float MOST = 32767.0f;
   const Peak peak =
       peak_of(inputs, [&](int64_t i, int64_t left) { return load_as<false>(x, i, left); });
-  *unit = from_integers(peak, MOST);
-  const float inverse = to_integers(peak, MOST);
+  *unit = from_integers(peak, MOST_INTEGER);
+  const float inverse = to_integers(peak, MOST_INTEGER);
   if (inverse == 0) {
     memset(fixed, 0, (size_t)inputs * sizeof *fixed);
     return;
@@ -90,17 +92,31 @@ inline void fix_row(const float *x, int64_t inputs, int16_t *fixed, float *unit)
 }
 
 // An operand of `rows` rows for `matrix`, in `scratch`; its values are yet to be written.
-inline Operand operand_in(const jamba_matrix &matrix, int64_t rows, float *scratch) {
-  const int64_t padded = padded_inputs(matrix.I);
-  float *unit = scratch + rows * padded;
+inline Operand operand_in(const TileKernels &kernels, const jamba_matrix &matrix, int64_t rows,
+                          float *scratch) {
+  const bool few = takes_few(kernels, matrix);
+  const int64_t padded = padded_inputs(matrix.I), whole = few ? divide_up(rows, FEW) * FEW : rows;
+  float *unit = scratch + whole * padded, *group_sums = unit + cache_line_floats(rows);
   const int64_t groups = matrix.kind == JAMBA_INT4 ? matrix.I / matrix.group : 0;
-  return {scratch, (int16_t *)scratch, unit, unit + cache_line_floats(rows), padded, groups};
+  int16_t *integers = (int16_t *)(group_sums + whole / FEW * groups * TILE);
+  return {scratch,
+          (int16_t *)scratch,
+          unit,
+          group_sums,
+          padded,
+          groups,
+          few ? &kernels : nullptr,
+          {(uint32_t *)scratch, unit, group_sums, integers}};
 }
 
 // Arranges rows of `x`, `stride` floats apart, for products with `matrix`, in `scratch`.
-inline Operand prepare_operand(const jamba_matrix &matrix, const float *x, int64_t stride,
-                               int64_t rows, float *scratch) {
-  const Operand operand = operand_in(matrix, rows, scratch);
+inline Operand prepare_operand(const TileKernels &kernels, const jamba_matrix &matrix,
+                               const float *x, int64_t stride, int64_t rows, float *scratch) {
+  const Operand operand = operand_in(kernels, matrix, rows, scratch);
+  if (operand.few != nullptr) {
+    kernels.cut_few(matrix, x, stride, rows, operand.tiles);
+    return operand;
+  }
   const int64_t inputs = matrix.I, padded = operand.padded;
   for (int64_t m = 0; m < rows; m++) {
     const float *in = x + m * stride;

@@ -95,14 +95,16 @@ struct Path {
   void (*gate_backward)(const jamba_gate_backward_call &call, int64_t first, int64_t last);
 
   // Arranges the inputs; then outputs [first, last), at most PIECE, with the same scratch.
-  void (*product_begin)(const jamba_product_call &call, float *scratch);
-  void (*product)(const jamba_product_call &call, int64_t first, int64_t last, float *scratch);
+  void (*product_begin)(const jamba_product_call &call, const TileKernels &kernels, float *scratch);
+  void (*product)(const jamba_product_call &call, const TileKernels &kernels, int64_t first,
+                  int64_t last, float *scratch);
   // One thread's part of a product of many rows, `tiles` being shared.
   void (*product_many)(const jamba_product_call &call, const TileKernels &kernels, uint32_t *tiles,
                        Team team, uint32_t *scratch);
   void (*unpack)(const jamba_unpack_call &call, int64_t first, int64_t last, float *scratch);
   // One thread's part of a step.
-  void (*step)(const jamba_step_call &call, const StepBuffers &shared, Team team, float *scratch);
+  void (*step)(const jamba_step_call &call, const StepBuffers &shared, const TileKernels &kernels,
+               Team team, float *scratch);
   // One thread's part of a prefill.
   void (*prefill)(const jamba_step_call &call, const PrefillBuffers &shared,
                   const TileKernels &kernels, Team team, float *scratch);

@@ -136,7 +136,7 @@ inline void bfloat16_tile(const jamba_matrix &matrix, int64_t output, const Oper
   }
 }
 
-// A lane adds two products of at most 127 * 32767 a step: 2^31 is out of reach of this many.
+// A lane adds two products of at most 127 * 32639 a step: 2^31 is out of reach of this many.
 constexpr int64_t EXACT_STEPS = 256;
 
 template <int OUTPUTS, int ROWS>

@@ -18,13 +18,15 @@ int32_t product_of_few(const Path &path, const jamba_product_call &call, int thr
 #pragma omp parallel for num_threads(threads) schedule(static, 1)
   for (int thread = 0; thread < threads; thread++) {
     float *own = scratch.data() + thread * size;
-    path.product_begin(call, own);
+    if (path.tiles.begin != nullptr) path.tiles.begin();
+    path.product_begin(call, path.tiles, own);
     const int64_t outputs = call.matrix.O, pieces = divide_up(outputs, PIECE);
     for (int64_t piece;
          (piece = __atomic_fetch_add(counters.data(), 1, __ATOMIC_RELAXED)) < pieces;) {
       const int64_t first = piece * PIECE;
-      path.product(call, first, std::min(first + PIECE, outputs), own);
+      path.product(call, path.tiles, first, std::min(first + PIECE, outputs), own);
     }
+    if (path.tiles.end != nullptr) path.tiles.end();
   }
   return JAMBA_OK;
 }

@@ -54,6 +54,9 @@ inline void outputs_into(const jamba_matrix &matrix, int64_t output, const Opera
 inline void multiply(const jamba_matrix &matrix, int64_t first, int64_t last,
                      const Operand &operand, const int64_t *rows, int64_t count, float *y,
                      int64_t y_stride) {
+  if (operand.few != nullptr) {
+    return operand.few->few({matrix, first, last, operand.tiles, rows, count, y, y_stride});
+  }
   int64_t o = first;
   for (; o + 4 <= last; o += 4) {
     outputs_into<4>(matrix, o, operand, rows, count, y + o - first, y_stride);
@@ -67,7 +70,8 @@ inline int64_t product_scratch(const jamba_product_call &call) {
          cache_line_floats(call.M * (outputs < PIECE ? outputs : PIECE));
 }
 
-inline void product_begin(const jamba_product_call &call, float *scratch) {
+inline void product_begin(const jamba_product_call &call, const TileKernels &kernels,
+                          float *scratch) {
   const int64_t inputs = call.matrix.I;
   float *x = scratch + cache_line_floats(operand_floats(call.M, inputs));
   for (int64_t m = 0; m < call.M; m++) {
@@ -78,16 +82,17 @@ inline void product_begin(const jamba_product_call &call, float *scratch) {
                       load_any(call.x_MI, call.bfloat16 & JAMBA_U, at, left));
     }
   }
-  prepare_operand(call.matrix, x, inputs, call.M, scratch);
+  prepare_operand(kernels, call.matrix, x, inputs, call.M, scratch);
 }
 
 // Outputs [first, last), at most PIECE, after product_begin with the same scratch.
-inline void product(const jamba_product_call &call, int64_t first, int64_t last, float *scratch) {
+inline void product(const jamba_product_call &call, const TileKernels &kernels, int64_t first,
+                    int64_t last, float *scratch) {
   const int64_t inputs = call.matrix.I, count = last - first;
   float *y = scratch + cache_line_floats(operand_floats(call.M, inputs)) +
              cache_line_floats(call.M * inputs);
-  multiply(call.matrix, first, last, operand_in(call.matrix, call.M, scratch), FIRST_ROWS, call.M,
-           y, count);
+  const Operand operand = operand_in(kernels, call.matrix, call.M, scratch);
+  multiply(call.matrix, first, last, operand, FIRST_ROWS, call.M, y, count);
   for (int64_t m = 0; m < call.M; m++) {
     for (int64_t o = 0; o < count; o += LANES) {
       const int64_t left = count - o < LANES ? count - o : LANES;

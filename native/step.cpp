@@ -81,7 +81,7 @@ int32_t jamba_step(const jamba_step_call *call) try {
   {
     // The runtime may give fewer than asked for.
     const Team team = {team_size(), counters.data()};
-    path->step(*call, shared, team, scratch.data() + team_member() * size);
+    path->step(*call, shared, path->tiles, team, scratch.data() + team_member() * size);
   }
   return JAMBA_OK;
 } catch (const std::bad_alloc &) {

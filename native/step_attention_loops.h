@@ -155,7 +155,11 @@ inline void attention_layer(Step &step, const jamba_layer &layer, const jamba_me
   const int64_t M = step.call.M, queries = model.H * model.P, width = model.G * model.P;
 
   norm_stream(step, layer.mixer_norm_D);
-  const Operand x = prepare_operand(layer.in_proj, step.normed, model.D, M, step.operand);
+  // One cut of the rows serves all three.
+  const bool few = takes_few(step.kernels, layer.in_proj) &&
+                   takes_few(step.kernels, layer.x_proj) && takes_few(step.kernels, layer.dt_proj);
+  const Operand x = prepare_operand(few ? step.kernels : NO_TILES, layer.in_proj, step.normed,
+                                    model.D, M, step.operand);
   const int64_t query_pieces = divide_up(queries, PIECE), key_pieces = divide_up(width, PIECE);
   step.team.share(query_pieces + 2 * key_pieces, [&](int64_t piece) {
     if (piece < query_pieces) {

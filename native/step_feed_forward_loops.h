@@ -62,7 +62,8 @@ inline Pairs route(const Step &step, const jamba_layer &layer) {
     for (int64_t m = 0; m < M; m++) result.rows[m] = m, result.weights[m] = 1;
     return result;
   }
-  const Operand x = prepare_operand(layer.router, step.normed, step.model.D, M, step.operand);
+  const Operand x =
+      prepare_operand(step.kernels, layer.router, step.normed, step.model.D, M, step.operand);
   float *probability = step.local;
   multiply(layer.router, 0, X, x, FIRST_ROWS, M, probability, X);
   for (int64_t m = 0; m < M; m++) mark_chosen(probability + m * X, X, K);
@@ -93,7 +94,8 @@ inline void feed_forward(Step &step, const jamba_layer &layer) {
   const int64_t num_pairs = pairs.starts[pairs.active];
   const auto matrices_of = [&](int64_t a) { return layer.feed_forward + 3 * pairs.experts[a]; };
 
-  const Operand x = prepare_operand(matrices_of(0)[0], step.normed, D, M, step.operand);
+  const Operand x =
+      prepare_operand(step.kernels, matrices_of(0)[0], step.normed, D, M, step.operand);
   const int64_t hidden_pieces = divide_up(F, PIECE);
   step.team.share(pairs.active * hidden_pieces, [&](int64_t task) {
     const int64_t a = task / hidden_pieces, start = pairs.starts[a];
@@ -115,8 +117,8 @@ inline void feed_forward(Step &step, const jamba_layer &layer) {
     }
   });
 
-  const Operand hidden =
-      prepare_operand(matrices_of(0)[2], step.shared.hidden, F, num_pairs, step.operand);
+  const Operand hidden = prepare_operand(step.kernels, matrices_of(0)[2], step.shared.hidden, F,
+                                         num_pairs, step.operand);
   step.team.share(divide_up(D, PIECE), [&](int64_t piece) {
     const Range range = piece_of(D, piece);
     for (int64_t a = 0; a < pairs.active; a++) {

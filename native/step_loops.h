@@ -46,12 +46,14 @@ inline int64_t step_scratch(const jamba_step_call &call) {
   return cut.normed + cut.operand + cut.local + cut.lists;
 }
 
-inline void step(const jamba_step_call &call, const StepBuffers &shared, Team team,
-                 float *scratch) {
+inline void step(const jamba_step_call &call, const StepBuffers &shared, const TileKernels &kernels,
+                 Team team, float *scratch) {
   const jamba_model &model = *call.model;
   const StepScratch cut = cut_scratch(call);
   float *operand = scratch + cut.normed, *local = operand + cut.operand;
-  Step mine = {call, model, shared, team, scratch, operand, local, (int64_t *)(local + cut.local)};
+  Step mine = {
+      call, model, shared, kernels, team, scratch, operand, local, (int64_t *)(local + cut.local)};
+  if (kernels.begin != nullptr) kernels.begin();
 
   team.share(call.M, [&](int64_t m) {
     unpack_row(model.embedding, call.ids_M[m], shared.x + m * model.D);
@@ -66,12 +68,14 @@ inline void step(const jamba_step_call &call, const StepBuffers &shared, Team te
     norm_row(shared.x + call.logit_rows[i] * model.D, model.final_norm_D, model.D,
              (float)model.epsilon, mine.normed + i * model.D);
   }
-  const Operand x = prepare_operand(model.head, mine.normed, model.D, call.num_logits, operand);
+  const Operand x =
+      prepare_operand(kernels, model.head, mine.normed, model.D, call.num_logits, operand);
   team.share(divide_up(model.V, PIECE), [&](int64_t piece) {
     const Range range = piece_of(model.V, piece);
     multiply(model.head, range.first, range.last, x, FIRST_ROWS, call.num_logits,
              call.logits + range.first, model.V);
   });
+  if (kernels.end != nullptr) kernels.end();
 }
 
 }  // namespace jamba::JAMBA_PATH

@@ -83,7 +83,8 @@ inline void mamba_layer(Step &step, const jamba_layer &layer, const jamba_memory
   const StepBuffers &shared = step.shared;
 
   norm_stream(step, layer.mixer_norm_D);
-  const Operand x = prepare_operand(layer.in_proj, step.normed, model.D, M, step.operand);
+  const Operand x =
+      prepare_operand(step.kernels, layer.in_proj, step.normed, model.D, M, step.operand);
   step.team.share(divide_up(C, PIECE), [&](int64_t piece) {
     const Range range = piece_of(C, piece);
     float *in = step.local, *window = in + M * PIECE;
@@ -94,10 +95,10 @@ inline void mamba_layer(Step &step, const jamba_layer &layer, const jamba_memory
   });
 
   const int64_t width = R + 2 * N;
-  const Operand u = prepare_operand(layer.x_proj, shared.u, C, M, step.operand);
-  constexpr int64_t FEW = 8;  // outputs: there are not many, and each is long
-  step.team.share(divide_up(width, FEW), [&](int64_t piece) {
-    const int64_t first = piece * FEW, last = first + FEW < width ? first + FEW : width;
+  const Operand u = prepare_operand(step.kernels, layer.x_proj, shared.u, C, M, step.operand);
+  // Small pieces: there are few outputs, and each is long.
+  step.team.share(divide_up(width, TILE), [&](int64_t piece) {
+    const int64_t first = piece * TILE, last = first + TILE < width ? first + TILE : width;
     multiply(layer.x_proj, first, last, u, FIRST_ROWS, M, shared.selection + first, width);
   });
 
@@ -109,7 +110,7 @@ inline void mamba_layer(Step &step, const jamba_layer &layer, const jamba_memory
     norm_row(row + R, layer.B_norm_N, N, epsilon, B_MN + m * N);
     norm_row(row + R + N, layer.C_norm_N, N, epsilon, C_MN + m * N);
   }
-  const Operand dt = prepare_operand(layer.dt_proj, dt_MR, R, M, step.operand);
+  const Operand dt = prepare_operand(step.kernels, layer.dt_proj, dt_MR, R, M, step.operand);
   step.team.share(divide_up(C, PIECE), [&](int64_t piece) {
     const Range range = piece_of(C, piece);
     multiply(layer.dt_proj, range.first, range.last, dt, FIRST_ROWS, M, step.local, PIECE);

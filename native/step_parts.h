@@ -25,6 +25,7 @@ struct Step {
   const jamba_step_call &call;
   const jamba_model &model;
   const StepBuffers &shared;
+  const TileKernels &kernels;
   Team &team;
   float *normed;   // [M][D], or what is normalised
   float *operand;  // for prepare_operand
@@ -60,7 +61,7 @@ inline void norm_stream(const Step &step, const float *weight) {
 // x += W y for all rows.
 inline void add_product(Step &step, const jamba_matrix &matrix, const float *y) {
   const int64_t M = step.call.M, D = step.model.D;
-  const Operand operand = prepare_operand(matrix, y, matrix.I, M, step.operand);
+  const Operand operand = prepare_operand(step.kernels, matrix, y, matrix.I, M, step.operand);
   step.team.share(divide_up(D, PIECE), [&](int64_t piece) {
     const Range range = piece_of(D, piece);
     multiply(matrix, range.first, range.last, operand, FIRST_ROWS, M, step.local, PIECE);

@@ -14,6 +14,9 @@ void begin_amx();
 void end_amx();
 void pairs_by_amx(const TileProduct &product);
 void quads_by_amx(const TileProduct &product);
+void cut_few_for_amx(const jamba_matrix &matrix, const float *x, int64_t stride, int64_t rows,
+                     const FewTiles &out);
+void few_by_amx(const FewProduct &product);
 
 // Asks the processor, and the system for leave to use its registers.
 bool amx_runs_here();

@@ -27,6 +27,9 @@ struct Ahead {
   int64_t stride = 0, lines = 0, bytes = 0;  // `bytes` of each
 };
 
+struct FewTiles;
+struct FewProduct;
+
 struct TileProduct {
   const uint32_t *weights;  // [output tile][depth][TILE_WORDS]
   const uint32_t *rows;     // [row tile][..], `rows_stride` words apart, [depth][TILE_WORDS] each
@@ -54,6 +57,10 @@ struct TileKernels {
   void (*end)();
   void (*pairs)(const TileProduct &);
   void (*quads)(const TileProduct &);
+  // Of a few rows (few_rows.h): cuts `rows` rows of x, `stride` floats apart; then multiplies.
+  void (*cut_few)(const jamba_matrix &matrix, const float *x, int64_t stride, int64_t rows,
+                  const FewTiles &out);
+  void (*few)(const FewProduct &);
 };
 
 static inline int64_t tiles_of(int64_t count) { return (count + TILE - 1) / TILE; }

@@ -201,6 +201,16 @@ STEP = {
     "packed": 1e-3,
 }
 
+# Of the sum of the magnitudes of all terms.
+FEW_ROW_PRODUCTS = {
+    "fp32": 1e-6,
+    # A row is two bfloat16 numbers, 16 bits in all: 2^-17 of each term.
+    "bf16": 8e-6,
+    # A row is 15 bits below its largest value, which is a few times the typical one.
+    "int8": 5e-5,
+    "int4": 5e-5,
+}
+
 MANY_ROWS = {
     # Sums of a thousand products in another order than float64's.
     "torch.float32": 3e-6,
