@@ -21,7 +21,6 @@ from torch import Tensor
 from benchmarks.record import ROOT, hardware, write_json
 from jamba_lm.analysis.machine import peak_memory
 from jamba_lm.analysis.training_cost.activations import pass_activations
-from jamba_lm.analysis.training_cost.mesh import Mesh
 from jamba_lm.analysis.training_cost.operations import flops_of, pass_operations
 from jamba_lm.analysis.training_cost.rank import Pass, Rank
 from jamba_lm.cli.quantities import show_bytes
@@ -30,6 +29,7 @@ from jamba_lm.data import IGNORED
 from jamba_lm.model.batch import Batch
 from jamba_lm.model.decoder import Decoder
 from jamba_lm.model.initialization import initialize
+from jamba_lm.parallel_layout import ParallelLayout
 from jamba_lm.training.loss import summed_losses
 from jamba_lm.training.pages import keep_freed_pages
 from jamba_lm.training.segments import SegmentedPass
@@ -114,7 +114,7 @@ def main() -> None:
     if worst > GATE_TOLERANCE:
         sys.exit(f"error: the gradient of a short document is off by {worst:.1e} of its scale")
     print(f"gradient of {GATE_TOKENS:,} tokens: off by {worst:.1e} of its scale, at most")
-    rank = Rank(CONFIG, Mesh(), Pass(sequences=1, tokens=options.tokens, width=4))
+    rank = Rank(CONFIG, ParallelLayout(), Pass(sequences=1, tokens=options.tokens, width=4))
     ordinary = pass_activations(rank)
     amount: dict[str, float] = {}
     for one in pass_operations(rank):

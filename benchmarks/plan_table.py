@@ -16,6 +16,7 @@ from typing import Any
 
 from jamba_lm.analysis.memory import GIB, parameter_counts
 from jamba_lm.analysis.training_cost.devices import DEVICES
+from jamba_lm.analysis.training_cost.mesh import describe
 from jamba_lm.analysis.training_cost.plan import Run, TrainingPlan, search, token_flops
 from jamba_lm.config import JambaConfig
 
@@ -56,7 +57,7 @@ def plan_rows(plans: Sequence[TrainingPlan]) -> Iterator[list[str]]:
         again = "again" if work.recompute else "kept"
         yield [
             f"{one.run.gpus:,}",
-            f"`{one.rank.mesh.describe()}`",
+            f"`{describe(one.rank.mesh)}`",
             f"{time.passes} x {work.sequences} x {one.rank.tokens:,}, {again}",
             f"{one.memory.total / GIB:.1f}",
             f"{time.seconds:.2f}",
@@ -157,15 +158,16 @@ def _rules() -> Iterator[str]:
     yield "Rules that are no numbers:"
     yield ""
     for rule in (
-        "Weights, gradients and moments are those of our trainer: bfloat16 weights to compute "
-        "with, float32 master weights, gradient sums and two moments, all cut up over shard x "
-        "context; experts over what `expert` leaves of shard x context x tensor.",
+        "Weights, gradients and moments are those of our trainer: float32 master weights, which "
+        "are rounded to bfloat16 when they are gathered, gradient sums and two moments, all cut up "
+        "over shard x context; experts over what `expert` leaves of shard x context. A_log and D "
+        "are whole on every rank.",
         "Activations are what our layers keep on a CPU, to the byte; GPU kernels may keep less.",
         "Weights are gathered twice a pass and gradients scattered once in float32. Both hide "
         "behind computing but for the first and the last layer; that all-to-all and they share a "
         "network card is not counted.",
         "Sums over `tensor`, rows on their way to experts and what `context` passes on hide behind "
-        "nothing.",
+        "nothing. With `context` a pass is one sequence.",
         "Among the ranks of `context` the last one, which has the most keys, sets the time.",
         "Experts compute the rows that the router sends, filled up as `model/moe.py` does it.",
         "MFU counts 6 operations for each weight that a token meets, as a training run logs it.",

@@ -19,7 +19,6 @@ from typing import Any
 import torch
 
 from benchmarks.record import hardware, require_green, write_json
-from jamba_lm.analysis.training_cost.mesh import Mesh
 from jamba_lm.analysis.training_cost.rank import Pass, Rank
 from jamba_lm.analysis.training_cost.step import step_time
 from jamba_lm.config import JambaConfig
@@ -28,6 +27,7 @@ from jamba_lm.model.batch import Batch
 from jamba_lm.model.decoder import Decoder
 from jamba_lm.model.initialization import initialize
 from jamba_lm.model.routing import Routing, balance_loss
+from jamba_lm.parallel_layout import ParallelLayout
 from jamba_lm.presets import preset
 from jamba_lm.training.loss import summed_losses
 from jamba_lm.training.operation_speed import MeasuredMachine
@@ -113,7 +113,7 @@ def measured(trainee: Trainee, workers: int) -> list[float]:
 def compare(name: str, workers: int, machine: MeasuredMachine) -> dict[str, Any]:
     """Predict and measure a step of one shape."""
     sequences, tokens, config = SHAPES[name]
-    rank = Rank(config, Mesh(), Pass(sequences=sequences, tokens=tokens))
+    rank = Rank(config, ParallelLayout(), Pass(sequences=sequences, tokens=tokens))
     # Each worker makes one pass; the optimizer is shared out among them.
     predicted = step_time(rank, machine, passes=1)
     raw = measured(Trainee(config, sequences, tokens, workers), workers)

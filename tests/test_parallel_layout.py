@@ -11,10 +11,10 @@ import pytest
 
 from jamba_lm.config import JambaConfig
 from jamba_lm.errors import RecipeError
-from jamba_lm.training.parallel.layout import AXES, ParallelLayout
+from jamba_lm.parallel_layout import AXES, ParallelLayout
 from tests.arms import ARMS, SMALL
 
-ROOT = Path(__file__).resolve().parents[3]
+ROOT = Path(__file__).resolve().parents[1]
 EVEN = SMALL.replace(vocab_size=96)
 
 
@@ -173,7 +173,7 @@ def test_a_layout_is_checked_without_torch():
     code = (
         "import sys\n"
         "from jamba_lm.config import JambaConfig\n"
-        "from jamba_lm.training.parallel.layout import ParallelLayout\n"
+        "from jamba_lm.parallel_layout import ParallelLayout\n"
         "ParallelLayout(shard=4, tensor=2).validate(JambaConfig(), 8)\n"
         "sys.exit('torch' in sys.modules)"
     )

@@ -1,7 +1,7 @@
 """How many processes share what: the axes of a run on many processes, and what they refuse.
 
-Imports no torch until a mesh is asked for, so that recipes and plans can be checked at once. Knows
-neither weights nor rows.
+Needs no torch, so that recipes and plans are checked at once, by the same rules. Knows neither
+weights nor rows.
 
 Ranks are numbered with `tensor` innermost, then `context`, `shard`, `replicate`:
 
@@ -12,14 +12,10 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from jamba_lm.config import JambaConfig
 from jamba_lm.errors import RecipeError
 from jamba_lm.model.layout import plan_layers
-
-if TYPE_CHECKING:
-    from torch.distributed.device_mesh import DeviceMesh
 
 AXES = ("replicate", "shard", "context", "tensor")
 EXPERT_AXES = ("replicate", "expert_shard", "expert", "tensor")
@@ -142,22 +138,3 @@ class ParallelLayout:
                 f"parallel.tensor={self.tensor} neither divides num_kv_heads={groups} nor is a "
                 "multiple of it: every process needs whole key/value heads, or one of them"
             )
-
-    def mesh(self, device_type: str) -> DeviceMesh:
-        """Return the processes as a mesh of the four `AXES`. All processes call it together."""
-        from torch.distributed.device_mesh import init_device_mesh
-
-        sizes = tuple(getattr(self, axis) for axis in AXES)
-        return init_device_mesh(device_type, sizes, mesh_dim_names=AXES)
-
-    def expert_mesh(self, device_type: str) -> DeviceMesh:
-        """Return the same processes as a mesh of the `EXPERT_AXES`. All call it together.
-
-        A process holds the experts of its place along "expert"; those at the same place along
-        "expert" and "tensor" hold the same, so their gradients are added over "replicate" and
-        "expert_shard", and "expert_shard" is what FSDP cuts them over.
-        """
-        from torch.distributed.device_mesh import init_device_mesh
-
-        sizes = (self.replicate, self.expert_shard, self.expert, self.tensor)
-        return init_device_mesh(device_type, sizes, mesh_dim_names=EXPERT_AXES)

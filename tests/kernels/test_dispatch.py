@@ -164,6 +164,17 @@ def test_a_convolution_that_is_too_wide_is_refused():
         native_conv.causal_conv(x, weight, None, offsets, silu=True)
 
 
+@pytest.mark.parametrize("backend", ["reference", "native"])
+def test_a_gain_or_a_gate_that_does_not_fit_the_rows_is_refused(backend: str):
+    x = torch.randn(3, 8)
+    with pytest.raises(ValueError, match=r"rms_norm: weight_D has shape \(7,\), expected \(8,\)"):
+        ops.rms_norm(x, torch.ones(7), 1e-6, backend=backend)
+    with pytest.raises(ValueError, match=r"silu_gate: gate has shape \(2, 8\), expected \(3, 8\)"):
+        ops.silu_gate(x, torch.randn(2, 8), backend=backend)
+    with pytest.raises(ValueError, match=r"the gate is torch\.bfloat16, the input torch\.float32"):
+        ops.silu_gate(x, torch.randn(3, 8).bfloat16(), backend=backend)
+
+
 # A run of every kernel in a process of its own, which prints a digest of all results and by how
 # much the most memory ever used has grown.
 PROGRAM = """

@@ -119,6 +119,10 @@ def test_a_row_that_is_not_finite_spoils_no_other(path, kind):
     found = float_linear(x, weight, path=path)
     for row in (2, 4, 8):
         assert not found[row].isfinite().any()
+    if kind in ("fp32", "bf16"):
+        # Weights are positive; integers have no infinity.
+        assert (found[2] == torch.inf).all()
+        assert (found[8] == -torch.inf).all()
     kept = [row for row in range(9) if row not in (2, 4, 8)]
     assert torch.equal(found[kept], clean[kept])
 
@@ -131,3 +135,12 @@ def test_rows_of_very_small_and_very_large_values(size, path, kind):
     x = size * (0.5 + 0.5 * torch.rand(3, 64))
     expected = x.double() @ matrix_of(weight).t()
     assert_within(float_linear(x, weight, path=path), expected, 1e-4)
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_parts_of_a_row_are_rounded_to_the_nearest(path):
+    # Sums of four thousand terms of one sign: rounding errors cancel, what is cut off does not.
+    x = 1.0 + torch.rand(3, 4096)
+    found = float_linear(x, torch.ones(32, 4096).to(torch.bfloat16), path=path)
+    expected = x.double().sum(-1, keepdim=True)
+    assert ((found.double() / expected - 1).abs() < 1e-6).all()

@@ -15,9 +15,9 @@ import pytest
 import torch
 
 from jamba_lm.__main__ import main
+from jamba_lm.parallel_layout import ParallelLayout
 from jamba_lm.tensor_file import TensorFile
 from jamba_lm.training.checkpointing import checkpoints, read_checkpoint
-from jamba_lm.training.parallel.layout import ParallelLayout
 from tests.tolerances import DISTRIBUTED
 from tests.training.ranks import Ended, RankServer, wait_for
 from tests.training.tiny_run import log_of, write_tiny_run

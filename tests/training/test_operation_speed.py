@@ -7,12 +7,13 @@ from typing import get_args
 import pytest
 
 from jamba_lm.analysis.training_cost.exchanges import Exchange
-from jamba_lm.analysis.training_cost.mesh import Group, Mesh
+from jamba_lm.analysis.training_cost.mesh import Group
 from jamba_lm.analysis.training_cost.operations import Kind, Operation, pass_operations
 from jamba_lm.analysis.training_cost.rank import Pass, Rank
 from jamba_lm.analysis.training_cost.step import step_time
 from jamba_lm.config import JambaConfig
 from jamba_lm.errors import InputError
+from jamba_lm.parallel_layout import ParallelLayout
 from jamba_lm.training import operation_speed
 from jamba_lm.training.operation_speed import MeasuredMachine
 
@@ -42,7 +43,7 @@ def test_every_kind_of_operation_can_be_timed():
 
 @pytest.mark.parametrize("workers", [1, 2])
 def test_a_step_is_predicted_from_its_operations(quick: None, workers: int):
-    rank = Rank(SMALL, Mesh(), Pass(sequences=2, tokens=24))
+    rank = Rank(SMALL, ParallelLayout(), Pass(sequences=2, tokens=24))
     machine = MeasuredMachine(workers)
     time = step_time(rank, machine, passes=3)
     assert time.tokens == 3 * 48

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, fields
 from typing import Any
 
+from jamba_lm.analysis.training_cost.mesh import describe as describe_mesh
 from jamba_lm.analysis.training_cost.plan import TrainingPlan, token_flops
 from jamba_lm.cli.quantities import show_bytes
 
@@ -29,7 +30,7 @@ def describe(model: str, device: str, plan: TrainingPlan, *, searched: bool) -> 
         f"tokens, {run.batch_tokens:,} a step, in sequences of {run.sequence_tokens:,}"
     )
     how = "the fastest found that fits" if searched else "as asked"
-    yield f"  mesh: {rank.mesh.describe()} ({how})"
+    yield f"  mesh: {describe_mesh(rank.mesh)} ({how})"
     again = "each layer is computed again in the backward pass"
     kept = "every layer keeps its activations"
     yield (

@@ -173,12 +173,16 @@ def attention(
 
 def rms_norm(x: Tensor, weight_D: Tensor, eps: float, *, backend: str | None = None) -> Tensor:
     """Normalise rows by their root mean square; see `reference.rms_norm` for the definition."""
+    _check_shapes("rms_norm", (tuple(x.shape[-1:]),), weight_D=weight_D)
     module = choose("rms_norm", x, weight_D, backend=backend)
     return module.rms_norm(x, weight_D, eps)
 
 
 def silu_gate(x: Tensor, gate: Tensor, *, backend: str | None = None) -> Tensor:
     """Multiply `x` by silu(gate); see `reference.silu_gate` for the definition."""
+    _check_shapes("silu_gate", (tuple(x.shape),), gate=gate)
+    if gate.dtype is not x.dtype:
+        raise ValueError(f"silu_gate: the gate is {gate.dtype}, the input {x.dtype}")
     module = choose("silu_gate", x, gate, backend=backend)
     return module.silu_gate(x, gate)
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from jamba_lm.config import JambaConfig
-from jamba_lm.training.parallel.layout import ParallelLayout
+from jamba_lm.parallel_layout import ParallelLayout
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -21,8 +21,9 @@ from jamba_lm.model.decoder import Decoder
 from jamba_lm.model.initialization import initial_value
 from jamba_lm.model.mamba import KEPT_WIDE
 from jamba_lm.model.moe import MoE
+from jamba_lm.parallel_layout import ParallelLayout
 from jamba_lm.training.parallel.decoder import Parallelized, parallelize
-from jamba_lm.training.parallel.layout import ParallelLayout
+from jamba_lm.training.parallel.meshes import process_mesh
 from jamba_lm.training.places import Place
 
 
@@ -103,7 +104,7 @@ class ShardedDecoder:
             )
         self.decoder = decoder
         self.shapes = {name: tuple(one.shape) for name, one in decoder.named_parameters()}
-        self._layout, self._mesh = layout, layout.mesh(device.type)
+        self._layout, self._mesh = layout, process_mesh(layout, device.type)
         self._here = layout.coordinates(self._mesh.get_rank())
         self.parallel: Parallelized | None = None
         if shared_rows:
@@ -185,12 +186,13 @@ class ShardedDecoder:
         config = self.decoder.config
         self.fill(lambda name, shape: initial_value(config, name, shape, torch.float32, seed))
 
-    def reduce_after_pass(self, wanted: bool) -> None:
-        """Say whether the next backward pass is the last of its step, so that gradients are summed.
+    def reduce_after_pass(self, last: bool) -> None:
+        """Say whether the next backward pass is the last of its step.
 
-        Until then every process adds up its own, in float32: communication once a step.
+        Every pass sums the gradients of its shards, in float32: a process never has more of them
+        than of the weights. The sums over copies (parallel.replicate) are taken once a step.
         """
-        cast(FSDPModule, self.decoder).set_requires_gradient_sync(wanted)
+        cast(FSDPModule, self.decoder).set_requires_all_reduce(last)
 
     def add_up_over_rows(self, numbers: Tensor) -> Tensor:
         """Add a tensor up in place over all processes that work on other rows."""

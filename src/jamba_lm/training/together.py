@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from jamba_lm.training.parallel.layout import ParallelLayout
+from jamba_lm.parallel_layout import ParallelLayout
 from jamba_lm.training.processes import Processes
 
 

@@ -10,13 +10,13 @@ from torch import Tensor
 
 from jamba_lm.analysis.training_cost import activations
 from jamba_lm.analysis.training_cost.activations import pass_activations, scan_state_bytes
-from jamba_lm.analysis.training_cost.mesh import Mesh
 from jamba_lm.analysis.training_cost.rank import Pass, Rank
 from jamba_lm.config import JambaConfig
 from jamba_lm.kernels import native_scan
 from jamba_lm.model.batch import Batch
 from jamba_lm.model.decoder import Decoder
 from jamba_lm.model.initialization import initialize
+from jamba_lm.parallel_layout import ParallelLayout
 from jamba_lm.training import loss
 from jamba_lm.training.recompute import recompute_layers
 from jamba_lm.training.validation import output_weight
@@ -88,7 +88,7 @@ def test_activations_are_those_of_autograd_to_the_byte(
 ):
     work = Pass(sequences=sizes[0], tokens=sizes[1], width=width)
     counted, loads, hidden = saved(ARMS[arm], work)
-    plan = pass_activations(Rank(ARMS[arm], Mesh(), work), loads)
+    plan = pass_activations(Rank(ARMS[arm], ParallelLayout(), work), loads)
     assert counted == plan.layers + plan.ends - hidden
     assert plan.layers == sum(plan.by_part.values())
 
@@ -96,7 +96,7 @@ def test_activations_are_those_of_autograd_to_the_byte(
 def test_layers_that_are_computed_again_keep_their_input_only():
     work = Pass(sequences=2, tokens=40, width=4, recompute=True)
     counted, _, hidden = saved(BASE, work, recompute=True)
-    plan = pass_activations(Rank(BASE, Mesh(), work))
+    plan = pass_activations(Rank(BASE, ParallelLayout(), work))
     # The first layer's input is the embedding's result and the last one's output the norm's input.
     assert counted == plan.layers + plan.ends - hidden
     assert plan.by_part == {"layer inputs": plan.layers}
@@ -108,7 +108,7 @@ def test_the_sizes_of_checkpoints_and_pieces_are_those_of_the_kernels():
     assert activations.SCAN_CHANNELS == native_scan._CHECKPOINT_CHANNELS
     assert activations.SCAN_STATES == native_scan._CHECKPOINT_STATES
     assert activations.LOGIT_ROWS == loss.CHUNK_ROWS
-    rank = Rank(BASE, Mesh(), Pass(sequences=2, tokens=17))
+    rank = Rank(BASE, ParallelLayout(), Pass(sequences=2, tokens=17))
     assert scan_state_bytes(rank) == 4 * native_scan._checkpoint_floats(
         torch.tensor([0, 17, 34]), BASE.d_inner, BASE.state_size
     )
@@ -117,19 +117,19 @@ def test_the_sizes_of_checkpoints_and_pieces_are_those_of_the_kernels():
 @pytest.mark.parametrize("axis", ["context", "tensor", "sequence", "expert"])
 def test_a_mesh_keeps_less_on_each_rank(axis: str):
     meshes = {
-        "context": Mesh(context=2),
-        "tensor": Mesh(tensor=2),
-        "sequence": Mesh(tensor=2, sequence=True),
-        "expert": Mesh(shard=2, expert=2),
+        "context": ParallelLayout(context=2),
+        "tensor": ParallelLayout(tensor=2),
+        "sequence": ParallelLayout(tensor=2, sequence=True),
+        "expert": ParallelLayout(shard=2, expert=2),
     }
     work = Pass(sequences=1, tokens=64, width=4)
 
-    def total(mesh: Mesh) -> int:
+    def total(mesh: ParallelLayout) -> int:
         return pass_activations(Rank(BASE, mesh, work)).layers
 
     if axis == "expert":
         # Experts elsewhere do not change how many rows a rank computes, only whose they are.
-        assert total(meshes[axis]) == total(Mesh())
+        assert total(meshes[axis]) == total(ParallelLayout())
     else:
-        assert total(meshes[axis]) < total(Mesh())
+        assert total(meshes[axis]) < total(ParallelLayout())
     assert total(meshes["sequence"]) < total(meshes["tensor"])

@@ -6,13 +6,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jamba_lm.analysis.training_cost.mesh import Group, Mesh, check_mesh, group_of, parse_mesh
+from jamba_lm.analysis.training_cost.mesh import Group, check_mesh, describe, group_of, parse_mesh
 from jamba_lm.config import JambaConfig
 from jamba_lm.errors import InputError
+from jamba_lm.parallel_layout import ParallelLayout
 
 axes = st.integers(1, 64)
 meshes = st.builds(
-    Mesh,
+    ParallelLayout,
     replicate=axes,
     shard=axes,
     context=axes,
@@ -23,8 +24,8 @@ meshes = st.builds(
 
 
 @given(meshes)
-def test_a_mesh_is_read_as_it_is_written(mesh: Mesh):
-    assert parse_mesh(mesh.describe()) == mesh
+def test_a_mesh_is_read_as_it_is_written(mesh: ParallelLayout):
+    assert parse_mesh(describe(mesh)) == mesh
 
 
 @pytest.mark.parametrize(
@@ -49,33 +50,43 @@ def test_a_mesh_that_is_none_is_refused(text: str, said: str):
 @pytest.mark.parametrize(
     ("mesh", "said"),
     [
-        (Mesh(tensor=3), r"num_heads=32: 2 would"),
-        (Mesh(tensor=16), r"num_kv_heads=8: 8 would"),
-        (Mesh(shard=32, expert=32), r"num_experts=16: 16 would"),
-        (Mesh(shard=12, expert=8), r"= 12, whose ranks .*: 6 would"),
-        (Mesh(context=3), r"take a sequence of 4,098"),
-        (Mesh(shard=2, sequence=True), r"give tensor=2 or more"),
+        (ParallelLayout(tensor=3), r"tensor=3 does not divide vocab_size=65536"),
+        (ParallelLayout(shard=32, expert=32), r"expert=32 does not divide num_experts=16"),
+        (ParallelLayout(shard=12, expert=8), r"expert=8 does not divide shard=12 x context=1"),
+        (ParallelLayout(context=3), r"take a sequence of 4,098"),
+        (ParallelLayout(shard=2, sequence=True), r"set parallel.tensor to 2 or more"),
     ],
 )
-def test_what_does_not_divide_is_refused_with_what_would(mesh: Mesh, said: str):
+def test_what_does_not_divide_is_refused_with_what_would(mesh: ParallelLayout, said: str):
     with pytest.raises(InputError, match=said):
         check_mesh(mesh, JambaConfig(), 4096)
 
 
 @given(meshes)
-def test_the_axes_of_a_mesh_make_up_its_ranks(mesh: Mesh):
+def test_the_axes_of_a_mesh_make_up_its_ranks(mesh: ParallelLayout):
     """Walking along every axis from rank 0, by its stride, meets each rank exactly once."""
-    small = Mesh(
+    small = ParallelLayout(
         replicate=mesh.replicate % 3 + 1,
         shard=mesh.shard % 3 + 1,
         context=mesh.context % 3 + 1,
         tensor=mesh.tensor % 3 + 1,
     )
     ranks = [0]
-    shard = Group(small.shard, small.tensor * small.context)
-    for group in (*(group_of(small, one) for one in ("tensor", "context", "replicate")), shard):
+    for group in (group_of(small, one) for one in ("tensor", "weights", "replicate")):
         ranks = [rank + step * group.stride for rank in ranks for step in range(group.size)]
-    assert sorted(ranks) == list(range(small.gpus))
+    assert sorted(ranks) == list(range(small.world_size))
+
+
+@given(meshes, st.integers(0, 2**20))
+def test_groups_are_those_of_the_layouts_own_coordinates(mesh: ParallelLayout, number: int):
+    rank = number % mesh.world_size
+    places = mesh.coordinates(rank)
+    for axis in ("tensor", "context", "replicate"):
+        group = group_of(mesh, axis)
+        assert group.size == getattr(mesh, axis)
+        if places[axis] + 1 < group.size:
+            places_of_next = mesh.coordinates(rank + group.stride)
+            assert places_of_next == {**places, axis: places[axis] + 1}
 
 
 def test_members_of_a_group_share_a_node_as_far_as_they_are_near():

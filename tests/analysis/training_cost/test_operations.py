@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
-from jamba_lm.analysis.training_cost.mesh import Mesh
+from jamba_lm.analysis.training_cost.mesh import describe
 from jamba_lm.analysis.training_cost.operations import (
     SCAN_AGAIN,
     SCAN_BACKWARD,
@@ -24,6 +24,7 @@ from jamba_lm.config import JambaConfig
 from jamba_lm.model.batch import Batch
 from jamba_lm.model.decoder import Decoder
 from jamba_lm.model.initialization import initialize
+from jamba_lm.parallel_layout import ParallelLayout
 from jamba_lm.training.loss import summed_cross_entropy
 from jamba_lm.training.utilization import product_weights
 from jamba_lm.training.validation import output_weight
@@ -63,10 +64,10 @@ def counted(config: JambaConfig, *, backward: bool) -> int:
     )
 
 
-def products(config: JambaConfig, mesh: Mesh | None = None, width: int = 4) -> Flops:
+def products(config: JambaConfig, mesh: ParallelLayout | None = None, width: int = 4) -> Flops:
     work = Pass(sequences=1, tokens=TOKENS, width=width)
     found = Flops(0, 0, 0)
-    for one in pass_operations(Rank(config, mesh or Mesh(), work)):
+    for one in pass_operations(Rank(config, mesh or ParallelLayout(), work)):
         if one.kind in ("product", "loss"):
             found += flops_of(one)
     return found
@@ -92,7 +93,7 @@ def test_products_are_those_that_torch_counts(config: JambaConfig):
 @given(configs())
 def test_a_token_meets_the_weights_that_a_training_run_logs(config: JambaConfig):
     work = Pass(sequences=1, tokens=8, width=4)
-    found = flops_per_token(Rank(config, Mesh(), work))
+    found = flops_per_token(Rank(config, ParallelLayout(), work))
     no_weights = ("attention", "scan", "convolution")
     needed = sum(flops.needed for part, flops in found.items() if part not in no_weights)
     # An expert gets a whole number of rows.
@@ -105,23 +106,25 @@ def test_a_token_meets_the_weights_that_a_training_run_logs(config: JambaConfig)
 @pytest.mark.parametrize(
     "mesh",
     [
-        Mesh(tensor=2),
-        Mesh(context=4),
-        Mesh(shard=4, expert=4),
-        Mesh(tensor=2, shard=2, expert=4, sequence=True),
+        ParallelLayout(tensor=2),
+        ParallelLayout(context=4),
+        ParallelLayout(shard=4, expert=4),
+        ParallelLayout(tensor=2, shard=4, expert=4, sequence=True),
     ],
-    ids=Mesh.describe,
+    ids=describe,
 )
-def test_the_ranks_of_a_mesh_share_out_the_products_of_the_whole(mesh: Mesh):
-    """The router, whose rows are shared out only with the experts, is counted apart."""
+def test_the_ranks_of_a_mesh_share_out_the_products_of_the_whole(mesh: ParallelLayout):
+    """Every rank of tensor decides for all rows, so the router is counted apart."""
 
-    def without_router(config: JambaConfig, mesh: Mesh) -> float:
+    def without_router(config: JambaConfig, mesh: ParallelLayout) -> float:
         rank = Rank(config, mesh, Pass(sequences=1, tokens=TOKENS, width=4))
         found = [one for one in pass_operations(rank) if one.kind in ("product", "loss")]
         return sum(flops_of(one).forward for one in found if one.part != "router")
 
-    sequences = mesh.readers
-    assert mesh.gpus * without_router(SMALL, mesh) == sequences * without_router(SMALL, Mesh())
+    sequences = mesh.num_readers
+    assert mesh.world_size * without_router(SMALL, mesh) == sequences * without_router(
+        SMALL, ParallelLayout()
+    )
 
 
 def test_attention_is_counted_by_the_pairs_it_looks_at():
@@ -144,7 +147,7 @@ def test_the_scan_is_counted_by_its_state_updates():
 def test_more_tokens_are_more_work(config: JambaConfig, sequences: int, tokens: int):
     def needed(sequences: int, tokens: int) -> float:
         work = Pass(sequences=sequences, tokens=tokens, width=4)
-        operations = pass_operations(Rank(config, Mesh(), work))
+        operations = pass_operations(Rank(config, ParallelLayout(), work))
         return sum(flops_of(one).needed for one in operations)
 
     assert 0 < needed(sequences, tokens) < needed(sequences, tokens + 8)

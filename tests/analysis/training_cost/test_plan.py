@@ -8,10 +8,10 @@ import pytest
 
 from jamba_lm.analysis.memory import GIB
 from jamba_lm.analysis.training_cost.devices import DEVICES
-from jamba_lm.analysis.training_cost.mesh import Mesh
 from jamba_lm.analysis.training_cost.plan import Run, TrainingPlan, best_on, search
 from jamba_lm.config import JambaConfig
 from jamba_lm.errors import CapacityError, InputError
+from jamba_lm.parallel_layout import ParallelLayout
 from jamba_lm.presets import preset
 from jamba_lm.training.utilization import training_flops
 
@@ -25,7 +25,7 @@ V01 = Run(
     sequence_tokens=4096,
 )
 MID = replace(V01, config=preset("mid"), gpus=8, batch_tokens=2**19, tokens=10**10)
-MESH = Mesh(shard=64, expert=16)
+MESH = ParallelLayout(shard=64, expert=16)
 
 
 @pytest.fixture(scope="module")
@@ -59,9 +59,13 @@ def test_memory_is_the_sum_of_its_parts(plan: TrainingPlan):
 
 def test_the_search_finds_nothing_slower_than_a_mesh_that_is_named():
     found = search(MID)
-    assert found.rank.mesh.gpus == MID.gpus
+    assert found.rank.mesh.world_size == MID.gpus
     assert found.fits
-    for mesh in (Mesh(shard=8), Mesh(replicate=8), Mesh(shard=4, tensor=2, sequence=True)):
+    for mesh in (
+        ParallelLayout(shard=8),
+        ParallelLayout(replicate=8),
+        ParallelLayout(shard=4, tensor=2, sequence=True),
+    ):
         assert found.time.seconds <= best_on(MID, mesh).time.seconds
 
 
@@ -82,21 +86,21 @@ def test_less_memory_is_never_faster():
 @pytest.mark.parametrize(
     ("run", "mesh", "said"),
     [
-        (V01, Mesh(shard=32), r"has 32 ranks .* --gpus is 64"),
-        (V01, Mesh(shard=64, expert=3), r"expert=3 does not divide num_experts=16: 2 would"),
+        (V01, ParallelLayout(shard=32), r"has 32 ranks .* --gpus is 64"),
+        (V01, ParallelLayout(shard=64, expert=3), r"expert=3 does not divide shard=64 x context=1"),
         (replace(V01, sequence_tokens=4000), MESH, r"not a whole number .*: take 4,192,000"),
         (replace(V01, batch_tokens=4096 * 32), MESH, r"64 readers .* take a batch of 262,144"),
         (replace(V01, tokens=1000), MESH, "expected a batch of at most that"),
     ],
 )
-def test_numbers_that_do_not_fit_together_are_refused(run: Run, mesh: Mesh, said: str):
+def test_numbers_that_do_not_fit_together_are_refused(run: Run, mesh: ParallelLayout, said: str):
     with pytest.raises(InputError, match=said):
         best_on(run, mesh)
 
 
 def test_what_does_not_fit_is_refused_with_what_would():
     with pytest.raises(CapacityError, match=r"of 80.0 GiB on a rank, .*; --mesh .* would"):
-        best_on(V01, Mesh(replicate=64))
+        best_on(V01, ParallelLayout(replicate=64))
     with pytest.raises(CapacityError, match=r"take more devices, more memory or shorter"):
         search(replace(V01, gpus=8))
     with pytest.raises(InputError, match=r"cannot be shared out among 7 devices"):

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jamba_lm.analysis.memory import parameter_counts
-from jamba_lm.analysis.training_cost.mesh import Mesh
+from jamba_lm.analysis.training_cost.mesh import describe, weight_shards
 from jamba_lm.analysis.training_cost.rank import Pass, Rank
 from jamba_lm.analysis.training_cost.rank_memory import rank_memory
 from jamba_lm.analysis.training_cost.shares import chunks, rank_shares
@@ -16,6 +16,7 @@ from jamba_lm.analysis.training_cost.step import held_values
 from jamba_lm.config import JambaConfig
 from jamba_lm.model.decoder import Decoder
 from jamba_lm.model.initialization import initialize
+from jamba_lm.parallel_layout import ParallelLayout
 from jamba_lm.training.optimizer import MasterAdamW
 from jamba_lm.training.recipe import OptimizerSection
 from tests.config_strategies import configs
@@ -42,7 +43,7 @@ def test_chunks_are_those_of_torch(length: int, parts: int):
 @settings(deadline=None)
 @given(configs())
 def test_one_rank_holds_the_whole_model(config: JambaConfig):
-    rank = Rank(config, Mesh(), Pass(sequences=1, tokens=8))
+    rank = Rank(config, ParallelLayout(), Pass(sequences=1, tokens=8))
     assert held_values(rank) == parameter_counts(config).total
 
 
@@ -57,7 +58,9 @@ def test_weights_gradients_and_moments_are_those_of_a_real_model_to_the_byte(
     optimizer = MasterAdamW(decoder, OptimizerSection())
     decoder.to({"fp32": torch.float32, "bf16": torch.bfloat16}[dtype])
     width = {"fp32": 4, "bf16": 2}[dtype]
-    memory, _ = rank_memory(Rank(config, Mesh(), Pass(sequences=1, tokens=8, width=width)))
+    memory, _ = rank_memory(
+        Rank(config, ParallelLayout(), Pass(sequences=1, tokens=8, width=width))
+    )
     weights = sum(one.nbytes for one in decoder.parameters())
     assert memory.parameters == weights
     assert memory.optimizer == sum(one.nbytes for one in optimizer.tensors().values())
@@ -67,39 +70,39 @@ def test_weights_gradients_and_moments_are_those_of_a_real_model_to_the_byte(
 
 
 DIVIDING = [
-    Mesh(shard=4),
-    Mesh(tensor=2),
-    Mesh(expert=4, shard=4),
-    Mesh(shard=2, tensor=2, expert=4, sequence=True),
-    Mesh(replicate=3, context=2, shard=2, expert=2),
+    ParallelLayout(shard=4),
+    ParallelLayout(tensor=2),
+    ParallelLayout(expert=4, shard=4),
+    ParallelLayout(shard=2, tensor=2, expert=2, sequence=True),
+    ParallelLayout(replicate=3, context=2, shard=2, expert=2),
 ]
 
 
-@pytest.mark.parametrize("mesh", DIVIDING, ids=Mesh.describe)
-def test_the_shares_of_a_group_are_the_whole(mesh: Mesh):
+@pytest.mark.parametrize("mesh", DIVIDING, ids=describe)
+def test_the_shares_of_a_group_are_the_whole(mesh: ParallelLayout):
     """Every tensor of these sizes divides, so the largest share times the ranks is the tensor."""
-    whole = {one.name: one for one in rank_shares(SMALL, Mesh())}
+    whole = {one.name: one for one in rank_shares(SMALL, ParallelLayout())}
     for one in rank_shares(SMALL, mesh):
         values = whole[one.name].copies * whole[one.name].gathered
         experts = one.part == "experts"
-        apart = (mesh.expert if mesh.expert > 1 else mesh.tensor) if experts else mesh.tensor
+        apart = mesh.tensor * (mesh.expert if experts else 1)
         gathered = one.copies * one.gathered
         assert gathered * apart in (values, values * apart), one.name
-        shards = mesh.expert_shards if experts else mesh.weight_shards
+        shards = 1 if one.wide else mesh.expert_shard if experts else weight_shards(mesh)
         assert one.held == chunks(one.held * shards, shards)[0]
         assert one.gathered <= one.held * shards, one.name
 
 
 @given(st.sampled_from([1, 2, 4]), st.sampled_from([1, 2, 4, 8, 16]), st.sampled_from([1, 2, 4]))
 def test_more_ranks_never_hold_more(tensor: int, shard: int, expert: int):
-    def held(mesh: Mesh) -> int:
+    def held(mesh: ParallelLayout) -> int:
         return held_values(Rank(SMALL, mesh, Pass(sequences=1, tokens=8)))
 
     config_tensor = min(tensor, 2)
-    if shard * config_tensor % expert:
+    if shard % expert:
         expert = 1
-    mesh = Mesh(shard=shard, tensor=config_tensor, expert=expert)
-    assert held(mesh) <= held(Mesh())
-    assert held(Mesh(shard=2 * shard, tensor=config_tensor, expert=expert)) <= held(mesh)
+    mesh = ParallelLayout(shard=shard, tensor=config_tensor, expert=expert)
+    assert held(mesh) <= held(ParallelLayout())
+    assert held(ParallelLayout(shard=2 * shard, tensor=config_tensor, expert=expert)) <= held(mesh)
     # No rank can hold less than its even share.
-    assert held(mesh) * mesh.gpus >= held(Mesh())
+    assert held(mesh) * mesh.world_size >= held(ParallelLayout())

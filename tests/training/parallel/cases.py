@@ -26,13 +26,14 @@ from jamba_lm.errors import RecipeError
 from jamba_lm.model.batch import Batch
 from jamba_lm.model.decoder import Decoder
 from jamba_lm.model.routing import Routing, balance_loss
+from jamba_lm.parallel_layout import ParallelLayout as L
 from jamba_lm.training import loss
 from jamba_lm.training.activation_loss import ActivationLoss
 from jamba_lm.training.balance import count_selections, share_of_balance_loss
 from jamba_lm.training.loss import summed_losses
 from jamba_lm.training.parallel import vocabulary
 from jamba_lm.training.parallel.decoder import Parallelized, parallelize
-from jamba_lm.training.parallel.layout import ParallelLayout as L
+from jamba_lm.training.parallel.meshes import process_mesh
 from jamba_lm.training.recompute import recompute_layers
 from jamba_lm.training.validation import output_weight
 from tests.arms import ARMS, SMALL, shaken_model
@@ -251,7 +252,7 @@ def counted(parallel: Parallelized, said: dict[str, int]) -> Iterator[None]:
 
 def made_parallel(case: Case, whole: Decoder) -> Parallelized:
     """Return this process's share of the model, in one of the ways to come to it."""
-    mesh = case.layout.mesh("cpu")
+    mesh = process_mesh(case.layout, "cpu")
     if not case.meta:
         parallel = parallelize(copy.deepcopy(whole), case.layout, mesh)
         if case.wrap:

@@ -63,6 +63,11 @@ def test_two_processes_compute_what_one_does():
     assert_as_one_process(2)
 
 
+def test_between_passes_a_process_has_no_more_gradients_than_weights():
+    for found in run_together("tests.training.parallel.gradient_memory", 2):
+        assert found["gradients"] == found["weights"] > 0
+
+
 @pytest.mark.distributed
 def test_four_processes_compute_what_one_does():
     assert_as_one_process(4)

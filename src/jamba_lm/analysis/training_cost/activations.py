@@ -135,7 +135,7 @@ def _attention(rank: Rank) -> dict[str, int]:
 
 
 def _mixture(rank: Rank, loads: Sequence[int] | None) -> dict[str, int]:
-    config, M, w = rank.config, rank.routed_rows, rank.work.width
+    config, M, w = rank.config, rank.rows, rank.work.width
     D, X, K = config.d_model, config.num_experts, config.experts_per_token
     if loads is None:
         rows = round(rank.experts * padded_rows(rank.expert_rows, w))
@@ -149,7 +149,7 @@ def _mixture(rank: Rank, loads: Sequence[int] | None) -> dict[str, int]:
     routing = M * (D * w + X * FLOAT + 2 * K * INDEX + K * D * w + K * w)
     # Numbers of rows: experts have slices of one list, and a list of their own when filled up.
     routing += filled_up * INDEX + (M * K * INDEX if as_they_are else 0)
-    return {"routing": routing, "experts": rows * (D + 3 * rank.expert_inner) * w}
+    return {"routing": routing, "experts": rows * (D + 3 * rank.inner) * w}
 
 
 def _filled(load: int, width: int) -> int:

@@ -1,6 +1,7 @@
 """What the ranks of a mesh tell each other in one step: how many bytes, how often, with whom.
 
-Needs no torch. Knows no speed: `devices` turns bytes into seconds.
+As `training/parallel` and `training/sharding.py` do it. Needs no torch. Knows no speed: `devices`
+turns bytes into seconds.
 
 M rows of a rank, D model width, C Mamba channels, N state size, R rank of dt, G key/value heads, P
 head width, K experts per token.
@@ -15,7 +16,7 @@ from typing import Literal
 
 from jamba_lm.analysis.training_cost.mesh import Group, group_of
 from jamba_lm.analysis.training_cost.rank import Rank, layer_kinds
-from jamba_lm.analysis.training_cost.shares import Share, rank_shares
+from jamba_lm.analysis.training_cost.shares import rank_shares
 
 Pattern = Literal["all-gather", "reduce-scatter", "all-reduce", "all-to-all", "send"]
 Purpose = Literal["weights", "gradients", "tensor", "experts", "context", "replicas"]
@@ -60,23 +61,31 @@ def pass_exchanges(rank: Rank) -> list[Exchange]:
 
 
 def step_exchanges(rank: Rank) -> list[Exchange]:
-    """List the exchanges that a step needs once: the sums over replicas."""
-    group = group_of(rank.mesh, "replicate")
-    held = sum(one.copies * one.held for one in rank_shares(rank.config, rank.mesh))
-    found = Exchange("replicas", "gradients", "all-reduce", group, held * FLOAT, 1, hidden=True)
-    return [found] if group.size > 1 else []
+    """List the exchanges that a step needs once: sums over those who work on other rows."""
+    shares = rank_shares(rank.config, rank.mesh)
+    found = []
+    purposes: tuple[tuple[Purpose, str, str, bool], ...] = (
+        ("replicas", "gradients", "replicate", False),
+        # When the last pass is over.
+        ("gradients", "of A_log and D", "rows", True),
+    )
+    for purpose, name, axis, wide in purposes:
+        held = sum(one.copies * one.held for one in shares if one.wide == wide)
+        group = group_of(rank.mesh, axis)
+        found.append(Exchange(purpose, name, "all-reduce", group, held * FLOAT, 1, hidden=not wide))
+    return [one for one in found if one.group.size > 1]
 
 
 def _weights(rank: Rank) -> Iterator[Exchange]:
-    shares = rank_shares(rank.config, rank.mesh)
+    shares = [one for one in rank_shares(rank.config, rank.mesh) if not one.wide]
     layers = rank.config.num_layers
     for axis, chosen in (
         ("weights", [one for one in shares if one.part != "experts"]),
         ("expert weights", [one for one in shares if one.part == "experts"]),
     ):
         group = group_of(rank.mesh, axis)
-        whole = sum(_gathered_bytes(one, rank.work.width) for one in chosen)
         values = sum(one.copies * one.gathered for one in chosen)
+        whole = values * rank.work.width
         name = "of experts" if axis == "expert weights" else "of the rest"
         # Once for the forward pass and once for the backward pass, a layer at a time.
         yield Exchange(
@@ -93,32 +102,33 @@ def _weights(rank: Rank) -> Iterator[Exchange]:
         )
 
 
-def _gathered_bytes(one: Share, width: int) -> int:
-    return one.copies * one.gathered * (FLOAT if one.wide else width)
-
-
 def _tensor(rank: Rank) -> Iterator[Exchange]:
     config, w, group = rank.config, rank.work.width, group_of(rank.mesh, "tensor")
     kinds = _kinds(rank)
     stream = rank.rows * config.d_model * w
     # Forward, backward, and forward again where layers are computed again.
     through = 3 if rank.work.recompute else 2
-    dealt_out = kinds["moe"] if rank.mesh.expert > 1 else 0
-    split = config.num_layers + kinds["mlp"] + kinds["moe"] - dealt_out
+    split = 2 * config.num_layers
     if rank.mesh.sequence:
         for pattern in ("all-gather", "reduce-scatter"):
             yield Exchange("tensor", "rows", pattern, group, stream, through * split + 2)
     else:
         yield Exchange("tensor", "rows", "all-reduce", group, stream, through * split + 2)
-        # Each rank decides for a share of the rows; all need the result.
-        yield Exchange("tensor", "routed rows", "all-gather", group, stream, through * dealt_out)
     small = rank.rows * (config.dt_rank + 2 * config.state_size) * w
     yield Exchange("tensor", "dt, B and C", "all-reduce", group, small, through * kinds["mamba"])
+    # Every rank weighs its part of what an expert gives.
+    weights = rank.rows * config.experts_per_token * FLOAT
+    yield Exchange("tensor", "weights of experts", "all-reduce", group, weights, kinds["moe"])
+    if config.num_kv_heads % rank.mesh.tensor:
+        shared = 2 * config.num_kv_heads * config.d_head * config.d_model * w
+        yield Exchange(
+            "tensor", "gradients of shared heads", "all-reduce", group, shared, kinds["attention"]
+        )
 
 
 def _experts(rank: Rank) -> Iterator[Exchange]:
     config, group = rank.config, group_of(rank.mesh, "expert")
-    rows = rank.routed_rows * config.experts_per_token * config.d_model * rank.work.width
+    rows = rank.rows * config.experts_per_token * config.d_model * rank.work.width
     through = 3 if rank.work.recompute else 2
     # There and back.
     count = 2 * through * _kinds(rank)["moe"]
@@ -127,20 +137,20 @@ def _experts(rank: Rank) -> Iterator[Exchange]:
 
 def _context(rank: Rank) -> Iterator[Exchange]:
     config, w, group = rank.config, rank.work.width, group_of(rank.mesh, "context")
-    kinds, sequences = _kinds(rank), rank.work.sequences
-    through = 3 if rank.work.recompute else 2
-    window = sequences * (config.conv_width - 1) * rank.channels * w
-    state = sequences * rank.channels * config.state_size * FLOAT
-    keys = 2 * sequences * rank.work.tokens * rank.groups * config.d_head * w
-    yield Exchange("context", "last inputs", "send", group, window, through * kinds["mamba"])
-    # From the first rank to the last: each adds what it has, so the last waits for all.
-    hops = max(1, group.size - 1)
-    yield Exchange("context", "states", "send", group, state, through * kinds["mamba"] * hops)
-    forward = through - 1
-    yield Exchange(
-        "context", "keys and values", "all-gather", group, keys, forward * kinds["attention"]
-    )
-    yield Exchange("context", "their gradients", "reduce-scatter", group, keys, kinds["attention"])
+    kinds = _kinds(rank)
+    # A rank shows the others the end of its rows: they are one sequence's.
+    window = (config.conv_width - 1) * rank.channels * w
+    state = rank.channels * (config.state_size + 1) * FLOAT
+    keys = 2 * rank.rows * rank.groups * config.d_head * w
+    forward = 2 if rank.work.recompute else 1
+    for name, num_bytes, layers in (
+        ("last inputs", window, kinds["mamba"]),
+        ("states", state, kinds["mamba"]),
+        ("keys and values", keys, kinds["attention"]),
+    ):
+        shown = group.size * num_bytes
+        yield Exchange("context", name, "all-gather", group, shown, forward * layers)
+        yield Exchange("context", name, "reduce-scatter", group, shown, layers)
 
 
 def _kinds(rank: Rank) -> Counter[str]:

@@ -1,96 +1,42 @@
-"""How many ranks share a model and its tokens, along which axes, and what cannot be divided so.
+"""Layouts of processes as a plan sees them: read from text, and who exchanges with whom.
 
 Needs no torch. Knows shapes, and neither speeds nor how a step is carried out.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import re
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 from jamba_lm.config import JambaConfig
 from jamba_lm.config_json import closest, shown
-from jamba_lm.errors import InputError
+from jamba_lm.errors import InputError, RecipeError
+from jamba_lm.parallel_layout import ParallelLayout
 
 LARGEST_AXIS = 2**20
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Mesh:
-    """The number of ranks along each axis, named as in a recipe's [parallel].
-
-    Ranks are numbered with `tensor` running fastest, then `context`, `shard` and `replicate`, so
-    that neighbours share what is exchanged most.
-
-    Attributes:
-        replicate: copies of everything, whose gradients are summed.
-        shard: ranks that read different tokens and share out weights, gradients and optimizer
-            (FSDP); those of `context` share them out as well.
-        context: ranks that each read a piece of every sequence.
-        tensor: ranks that split heads, channels, inner widths and the vocabulary.
-        expert: ranks among which the experts of a layer are dealt out whole. They are neighbours
-            among the ranks of shard, context and tensor, and no more ranks are needed for them. 1
-            splits experts as MLPs are, over `tensor`.
-        sequence: between the products that `tensor` splits, each of its ranks keeps a share of the
-            rows.
-    """
-
-    replicate: int = 1
-    shard: int = 1
-    context: int = 1
-    tensor: int = 1
-    expert: int = 1
-    sequence: bool = False
-
-    @property
-    def gpus(self) -> int:
-        """Ranks in all."""
-        return self.replicate * self.shard * self.context * self.tensor
-
-    @property
-    def readers(self) -> int:
-        """Ranks that read sequences of their own, each group of context and tensor counted once."""
-        return self.replicate * self.shard
-
-    @property
-    def row_share(self) -> int:
-        """Among how many ranks of `tensor` the rows of the residual stream are shared out."""
-        return self.tensor if self.sequence else 1
-
-    @property
-    def weight_shards(self) -> int:
-        """Ranks that share out the weights that are no experts'."""
-        return self.shard * self.context
-
-    @property
-    def expert_shards(self) -> int:
-        """Ranks that share out the weights of an expert."""
-        if self.expert == 1:
-            return self.weight_shards
-        return self.shard * self.context * self.tensor // self.expert
-
-    def describe(self) -> str:
-        """Write the mesh as `--mesh` takes it, axes of one rank left out.
-
-        >>> Mesh(shard=8, tensor=8, sequence=True).describe()
-        'shard=8,tensor=8,sequence=true'
-        >>> Mesh().describe()
-        'shard=1'
-        """
-        parts = [f"{name}={getattr(self, name)}" for name in AXES if getattr(self, name) != 1]
-        if self.sequence:
-            parts.append("sequence=true")
-        return ",".join(parts) or "shard=1"
-
-
-AXES = tuple(one.name for one in fields(Mesh) if one.name != "sequence")
+AXES = tuple(one.name for one in dataclasses.fields(ParallelLayout) if one.name != "sequence")
 _FLAGS = {"true": True, "false": False, "1": True, "0": False}
 
 
-def parse_mesh(text: str) -> Mesh:
-    """Read a mesh such as `shard=8,tensor=8,expert=16,sequence=true`.
+def describe(mesh: ParallelLayout) -> str:
+    """Write a layout as `--mesh` takes it, axes of one rank left out.
 
-    >>> parse_mesh("replicate=2, shard=4").gpus
+    >>> describe(ParallelLayout(shard=8, tensor=8, sequence=True))
+    'shard=8,tensor=8,sequence=true'
+    >>> describe(ParallelLayout())
+    'shard=1'
+    """
+    parts = [f"{name}={getattr(mesh, name)}" for name in AXES if getattr(mesh, name) != 1]
+    if mesh.sequence:
+        parts.append("sequence=true")
+    return ",".join(parts) or "shard=1"
+
+
+def parse_mesh(text: str) -> ParallelLayout:
+    """Read a layout such as `shard=8,tensor=8,expert=16,sequence=true`.
+
+    >>> parse_mesh("replicate=2, shard=4").world_size
     8
 
     Raises:
@@ -117,55 +63,36 @@ def parse_mesh(text: str) -> Mesh:
                 f"--mesh has {name}={shown(value)}: expected a number from 1 to {LARGEST_AXIS:,}"
             )
         found[name] = int(value)
-    return Mesh(**found)  # type: ignore[arg-type]  # `sequence` is the only flag
+    return ParallelLayout(**found)  # type: ignore[arg-type]  # `sequence` is the only flag
 
 
-def check_mesh(mesh: Mesh, config: JambaConfig, sequence_tokens: int) -> None:
-    """Refuse a mesh that does not divide what it splits.
+def check_mesh(mesh: ParallelLayout, config: JambaConfig, sequence_tokens: int) -> None:
+    """Refuse a layout that training would refuse, or that cuts sequences unevenly.
 
     Raises:
-        InputError: the message says what was to be divided, and what would do.
+        InputError: the message says what was to be divided.
     """
-    split = {
-        "num_heads": config.num_heads,
-        "num_kv_heads": config.num_kv_heads,
-        "d_inner": config.d_inner,
-        "d_ff": config.d_ff,
-        "vocab_size": config.vocab_size,
-    }
-    for name, size in split.items():
-        if size % mesh.tensor:
-            raise InputError(
-                f"tensor={mesh.tensor} does not divide {name}={size:,}: "
-                f"{_that_divide(mesh.tensor, tuple(split.values()))} would"
-            )
-    if mesh.expert > 1 and config.num_experts % mesh.expert:
-        raise InputError(
-            f"expert={mesh.expert} does not divide num_experts={config.num_experts}: "
-            f"{_that_divide(mesh.expert, (config.num_experts,))} would"
-        )
-    lent = mesh.shard * mesh.context * mesh.tensor
-    if lent % mesh.expert:
-        raise InputError(
-            f"expert={mesh.expert} does not divide shard x context x tensor = {lent:,}, whose "
-            f"ranks the experts are dealt out to: {_that_divide(mesh.expert, (lent,))} would"
-        )
-    if sequence_tokens % (mesh.context * mesh.row_share):
+    try:
+        mesh.validate(config, mesh.world_size)
+    except RecipeError as error:
+        raise InputError(str(error)) from error
+    parts = mesh.context * row_share(mesh)
+    if sequence_tokens % parts:
         raise InputError(
             f"context={mesh.context} and tensor={mesh.tensor} do not divide a sequence of "
             f"{sequence_tokens:,} tokens: its rows are shared out among them, so take a sequence "
-            f"of {-(-sequence_tokens // (k := mesh.context * mesh.row_share)) * k:,}"
-        )
-    if mesh.sequence and mesh.tensor == 1:
-        raise InputError(
-            "sequence=true shares rows among the ranks of tensor, and tensor is 1: leave it out, "
-            "or give tensor=2 or more"
+            f"of {-(-sequence_tokens // parts) * parts:,}"
         )
 
 
-def _that_divide(given: int, sizes: tuple[int, ...]) -> str:
-    """Name the largest number not above `given` that divides all sizes."""
-    return str(next(n for n in range(given, 0, -1) if not any(size % n for size in sizes)))
+def row_share(mesh: ParallelLayout) -> int:
+    """Return among how many ranks of `tensor` the rows of the residual stream are shared out."""
+    return mesh.tensor if mesh.sequence else 1
+
+
+def weight_shards(mesh: ParallelLayout) -> int:
+    """Return how many ranks share out the weights that are no experts'."""
+    return mesh.shard * mesh.context
 
 
 @dataclass(frozen=True, slots=True)
@@ -185,16 +112,17 @@ class Group:
         return max(1, min(self.size, node // self.stride))
 
 
-def group_of(mesh: Mesh, axis: str) -> Group:
+def group_of(mesh: ParallelLayout, axis: str) -> Group:
     """Return the ranks along an axis; "weights" and "expert weights" are those of FSDP."""
-    inner = mesh.tensor * mesh.context
-    experts_apart = mesh.expert if mesh.expert > 1 else mesh.tensor
+    shards = weight_shards(mesh)
     groups = {
         "tensor": Group(mesh.tensor, 1),
         "context": Group(mesh.context, mesh.tensor),
-        "expert": Group(mesh.expert, 1),
-        "weights": Group(mesh.weight_shards, mesh.tensor),
-        "expert weights": Group(mesh.expert_shards, experts_apart),
-        "replicate": Group(mesh.replicate, inner * mesh.shard),
+        "expert": Group(mesh.expert, mesh.tensor),
+        "weights": Group(shards, mesh.tensor),
+        "expert weights": Group(mesh.expert_shard, mesh.tensor * mesh.expert),
+        "replicate": Group(mesh.replicate, mesh.tensor * shards),
+        # Whoever works on other rows.
+        "rows": Group(mesh.replicate * shards, mesh.tensor),
     }
     return groups[axis]

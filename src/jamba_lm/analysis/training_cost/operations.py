@@ -178,7 +178,7 @@ def _mlp(rank: Rank) -> list[Operation]:
 
 
 def _mixture(rank: Rank) -> list[Operation]:
-    config, M, F = rank.config, rank.routed_rows, rank.expert_inner
+    config, M, F = rank.config, rank.rows, rank.inner
     D, X, K = config.d_model, config.num_experts, config.experts_per_token
     rows = max(1, round(padded_rows(rank.expert_rows, rank.work.width)))
     return [

@@ -11,13 +11,14 @@ from dataclasses import dataclass
 from jamba_lm.analysis.memory import GIB
 from jamba_lm.analysis.training_cost.activations import Activations
 from jamba_lm.analysis.training_cost.devices import Device, reserve_bytes
-from jamba_lm.analysis.training_cost.mesh import Mesh, check_mesh
+from jamba_lm.analysis.training_cost.mesh import check_mesh, describe
 from jamba_lm.analysis.training_cost.operations import Flops
 from jamba_lm.analysis.training_cost.rank import Pass, Rank
 from jamba_lm.analysis.training_cost.rank_memory import RankMemory, rank_memory
 from jamba_lm.analysis.training_cost.step import StepTime, flops_per_token, step_time
 from jamba_lm.config import JambaConfig
 from jamba_lm.errors import CapacityError, InputError
+from jamba_lm.parallel_layout import ParallelLayout
 
 SECONDS_PER_DAY = 86_400.0
 # No tensor group leaves a node, and sequences are cut for `context` only so far.
@@ -96,7 +97,7 @@ def token_flops(run: Run) -> dict[str, Flops]:
     """Return the arithmetic of one token, by part."""
     # In float32 no rows are filled up, which nobody needs.
     work = Pass(sequences=1, tokens=run.sequence_tokens, width=4)
-    return flops_per_token(Rank(run.config, Mesh(), work))
+    return flops_per_token(Rank(run.config, ParallelLayout(), work))
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,14 +117,14 @@ class Candidate:
     def timed(self, run: Run) -> TrainingPlan:
         """Predict how fast it is."""
         work, mesh = self.rank.work, self.rank.mesh
-        passes = run.batch_tokens // (mesh.readers * work.sequences * run.sequence_tokens)
+        passes = run.batch_tokens // (mesh.num_readers * work.sequences * run.sequence_tokens)
         time = step_time(self.rank, run.device, passes, run.device.others.value)
         return TrainingPlan(
             rank=self.rank, memory=self.memory, activations=self.activations, time=time, run=run
         )
 
 
-def candidate(run: Run, mesh: Mesh, *, sequences: int, recompute: bool) -> Candidate:
+def candidate(run: Run, mesh: ParallelLayout, *, sequences: int, recompute: bool) -> Candidate:
     """Add up the memory of a run on one mesh.
 
     Args:
@@ -156,7 +157,7 @@ def check_run(run: Run) -> None:
         )
 
 
-def best_on(run: Run, mesh: Mesh) -> TrainingPlan:
+def best_on(run: Run, mesh: ParallelLayout) -> TrainingPlan:
     """Return the fastest plan on one mesh, over how much goes through at a time.
 
     Raises:
@@ -164,31 +165,33 @@ def best_on(run: Run, mesh: Mesh) -> TrainingPlan:
         CapacityError: nothing fits; the message says what is missing, and what would do.
     """
     check_run(run)
-    if mesh.gpus != run.gpus:
+    if mesh.world_size != run.gpus:
         raise InputError(
-            f"--mesh {mesh.describe()} has {mesh.gpus:,} ranks (replicate x shard x context x "
+            f"--mesh {describe(mesh)} has {mesh.world_size:,} ranks (replicate x shard x context x "
             f"tensor) and --gpus is {run.gpus:,}: make them equal"
         )
     check_mesh(mesh, run.config, run.sequence_tokens)
-    if (run.batch_tokens // run.sequence_tokens) % mesh.readers:
-        whole = mesh.readers * run.sequence_tokens
+    if (run.batch_tokens // run.sequence_tokens) % mesh.num_readers:
+        whole = mesh.num_readers * run.sequence_tokens
         raise InputError(
             f"a batch of {run.batch_tokens:,} tokens is {run.batch_tokens // run.sequence_tokens:,}"
-            f" sequences, which {mesh.readers:,} readers (replicate x shard) cannot share out: "
+            f" sequences, which {mesh.num_readers:,} readers (replicate x shard) cannot share out: "
             f"take a batch of {-(-run.batch_tokens // whole) * whole:,}"
         )
     best, least = _fastest(run, [mesh])
     assert least is not None
     if best is None:
         raise CapacityError(
-            f"does not fit: the smallest plan on {mesh.describe()} takes "
+            f"does not fit: the smallest plan on {describe(mesh)} takes "
             f"{least.memory.total / GIB:.1f} GiB of {run.gpu_memory / GIB:.1f} GiB on a rank, "
             f"{_largest_part(least.memory)}; {_what_would_fit(run)}"
         )
     return best
 
 
-def _fastest(run: Run, meshes: Iterable[Mesh]) -> tuple[TrainingPlan | None, Candidate | None]:
+def _fastest(
+    run: Run, meshes: Iterable[ParallelLayout]
+) -> tuple[TrainingPlan | None, Candidate | None]:
     """Return the fastest plan that fits, and the candidate that takes the least memory."""
     best: TrainingPlan | None = None
     least: Candidate | None = None
@@ -203,11 +206,13 @@ def _fastest(run: Run, meshes: Iterable[Mesh]) -> tuple[TrainingPlan | None, Can
     return best, least
 
 
-def _candidates(run: Run, mesh: Mesh) -> Iterator[Candidate]:
-    each = run.batch_tokens // run.sequence_tokens // mesh.readers
+def _candidates(run: Run, mesh: ParallelLayout) -> Iterator[Candidate]:
+    each = run.batch_tokens // run.sequence_tokens // mesh.num_readers
     for recompute in (False, True):
         sequences = 1
-        while sequences <= each and sequences * run.sequence_tokens <= LARGEST_PASS:
+        # `context` cuts the rows of a pass, not each sequence: with two of them it cuts nothing.
+        most = 1 if mesh.context > 1 else each
+        while sequences <= most and sequences * run.sequence_tokens <= LARGEST_PASS:
             found = candidate(run, mesh, sequences=sequences, recompute=recompute)
             if each % sequences == 0:
                 yield found
@@ -225,7 +230,7 @@ def _largest_part(memory: RankMemory) -> str:
 def _what_would_fit(run: Run) -> str:
     """Say which other mesh of as many devices fits, or what to change."""
     try:
-        return f"--mesh {search(run).rank.mesh.describe()} would"
+        return f"--mesh {describe(search(run).rank.mesh)} would"
     except CapacityError:
         return "no mesh of so many devices would: take more of them, or shorter sequences"
 
@@ -250,14 +255,14 @@ def search(run: Run) -> TrainingPlan:
     if best is None:
         raise CapacityError(
             f"does not fit on {run.gpus:,} devices of {run.gpu_memory / GIB:.1f} GiB: the smallest "
-            f"plan, --mesh {least.rank.mesh.describe()}, takes "
+            f"plan, --mesh {describe(least.rank.mesh)}, takes "
             f"{least.memory.total / GIB:.1f} GiB on a rank, {_largest_part(least.memory)}; take "
             "more devices, more memory or shorter sequences"
         )
     return best
 
 
-def _meshes(run: Run) -> Iterator[Mesh]:
+def _meshes(run: Run) -> Iterator[ParallelLayout]:
     node = int(run.device.node.value)
     batch = run.batch_tokens // run.sequence_tokens
     for tensor in _divisors(run.gpus):
@@ -271,7 +276,7 @@ def _meshes(run: Run) -> Iterator[Mesh]:
                 continue
             for shard in _divisors(readers):
                 for expert in _divisors(run.config.num_experts):
-                    mesh = Mesh(
+                    mesh = ParallelLayout(
                         replicate=readers // shard,
                         shard=shard,
                         context=context,
@@ -283,7 +288,7 @@ def _meshes(run: Run) -> Iterator[Mesh]:
                         yield mesh
 
 
-def _possible(mesh: Mesh, run: Run) -> bool:
+def _possible(mesh: ParallelLayout, run: Run) -> bool:
     try:
         check_mesh(mesh, run.config, run.sequence_tokens)
     except InputError:

@@ -9,9 +9,10 @@ from __future__ import annotations
 import functools
 from dataclasses import dataclass
 
-from jamba_lm.analysis.training_cost.mesh import Mesh
+from jamba_lm.analysis.training_cost.mesh import row_share
 from jamba_lm.config import JambaConfig
 from jamba_lm.model.layout import LayerSpec, plan_layers
+from jamba_lm.parallel_layout import ParallelLayout
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,7 +43,7 @@ class Rank:
     """
 
     config: JambaConfig
-    mesh: Mesh
+    mesh: ParallelLayout
     work: Pass
 
     @property
@@ -58,18 +59,13 @@ class Rank:
     @property
     def kept_rows(self) -> int:
         """Rows of the residual stream that this rank keeps."""
-        return self.rows // self.mesh.row_share
-
-    @property
-    def routed_rows(self) -> int:
-        """Rows whose way to the experts this rank decides."""
-        return self.rows if self.mesh.expert == 1 else -(-self.rows // self.mesh.tensor)
+        return self.rows // row_share(self.mesh)
 
     @property
     def expert_rows(self) -> float:
         """Rows that each expert of this rank gets, when all experts get equally many."""
-        ranks = self.mesh.expert
-        return ranks * self.routed_rows * self.config.experts_per_token / self.config.num_experts
+        sent = self.rows * self.config.experts_per_token
+        return self.mesh.expert * sent / self.config.num_experts
 
     @property
     def experts(self) -> int:
@@ -83,13 +79,8 @@ class Rank:
 
     @property
     def inner(self) -> int:
-        """Inner width of an MLP."""
+        """Inner width of an MLP, or of an expert."""
         return self.config.d_ff // self.mesh.tensor
-
-    @property
-    def expert_inner(self) -> int:
-        """Inner width of an expert."""
-        return self.inner if self.mesh.expert == 1 else self.config.d_ff
 
     @property
     def heads(self) -> int:
@@ -98,8 +89,8 @@ class Rank:
 
     @property
     def groups(self) -> int:
-        """Key/value heads."""
-        return self.config.num_kv_heads // self.mesh.tensor
+        """Key/value heads, or the one that several ranks look at."""
+        return max(1, self.config.num_kv_heads // self.mesh.tensor)
 
     @property
     def vocabulary(self) -> int:

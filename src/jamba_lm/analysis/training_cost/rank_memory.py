@@ -23,9 +23,10 @@ class RankMemory:
     """Bytes on the rank with the most.
 
     Attributes:
-        parameters: in the type that is computed with; this rank's shards of them.
-        gradients: float32 sums over the passes of a step, and the gradient of one pass where it is
-            not cut into shards while it is made.
+        parameters: in the type that is computed with, on one rank. On several, the float32 shards
+            are rounded when they are gathered.
+        gradients: float32 sums over the passes of a step: of this rank's shards. On one rank, also
+            the gradient of one pass.
         optimizer: float32 master weights and two moments.
         gathered: whole weights and gradients of the layers that run, and of embedding and head.
         activations: see `activations`; without `logits`.
@@ -59,12 +60,13 @@ def rank_memory(rank: Rank, reserve: int = 0) -> tuple[RankMemory, Activations]:
     shares, kept = rank_shares(rank.config, rank.mesh), pass_activations(rank)
     w = rank.work.width
     held = sum(one.copies * one.held for one in shares)
-    whole = [one for one in shares if _shards(rank, one) == 1]
+    alone = rank.mesh.world_size == 1
+    own = _bytes(shares, w, lambda one: one.held) if alone else 0
     memory = RankMemory(
-        parameters=_bytes(shares, w, lambda one: one.held),
-        gradients=held * FLOAT + _bytes(whole, w, lambda one: one.held),
+        parameters=own,
+        gradients=held * FLOAT + own,
         optimizer=3 * held * FLOAT,
-        gathered=_gathered(rank, shares),
+        gathered=0 if alone else _gathered(rank, shares),
         activations=kept.total - kept.logits if kept.logits > kept.again else kept.total,
         logits=kept.logits if kept.logits > kept.again else 0,
         buffers=_buffers(rank),
@@ -77,25 +79,15 @@ def _bytes(shares: Sequence[Share], width: int, values: Callable[[Share], int]) 
     return sum(one.copies * values(one) * (FLOAT if one.wide else width) for one in shares)
 
 
-def _shards(rank: Rank, one: Share) -> int:
-    return rank.mesh.expert_shards if one.part == "experts" else rank.mesh.weight_shards
-
-
 def _gathered(rank: Rank, shares: Sequence[Share]) -> int:
     w = rank.work.width
-    cut = [one for one in shares if _shards(rank, one) > 1]
-    if not cut:
-        return 0
     # Embedding, head and final norm belong to no layer: they stay whole through a pass, and so
     # does their gradient.
-    ends = [one for one in cut if one.part in _ENDS]
+    ends = [one for one in shares if one.part in _ENDS]
     found = 2 * _bytes(ends, w, lambda one: one.gathered)
-    layers = [narrow * w + wide * FLOAT for narrow, wide in layer_values(rank.config, rank.mesh)]
+    largest = max(layer_values(rank.config, rank.mesh))
     # Weights of two layers, and the gradient of one before it is cut up and summed in float32.
-    gradient = max(
-        (narrow + wide) * (w + FLOAT) for narrow, wide in layer_values(rank.config, rank.mesh)
-    )
-    return found + GATHERED_LAYERS * max(layers) + gradient
+    return found + GATHERED_LAYERS * largest * w + largest * (w + FLOAT)
 
 
 def _buffers(rank: Rank) -> int:
@@ -105,5 +97,5 @@ def _buffers(rank: Rank) -> int:
         found += rank.rows * config.d_model * w
     if mesh.expert > 1 and config.num_experts > 1:
         # What is sent and what comes, there or back.
-        found += 2 * rank.routed_rows * config.experts_per_token * config.d_model * w
+        found += 2 * rank.rows * config.experts_per_token * config.d_model * w
     return found

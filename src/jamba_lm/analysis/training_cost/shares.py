@@ -1,7 +1,8 @@
 """Which part of every tensor a rank of a mesh holds, and how many values that is.
 
-Needs no torch. A tensor is first split over `tensor` (experts: dealt out over `expert`), and what
-a rank then has to compute with is kept in shards, cut along the first axis as torch's FSDP2 does.
+Needs no torch. Experts are dealt out over `expert`, every tensor is split over `tensor`, and what a
+rank then has to compute with is kept in shards, cut along the first axis as torch's FSDP2 does; but
+for A_log and D, which every rank keeps whole (`training/sharding.py`).
 
 Source: torch.distributed.fsdp.fully_shard (torch.chunk along dimension 0, the last ones empty).
 """
@@ -13,10 +14,11 @@ import math
 from dataclasses import dataclass
 
 from jamba_lm.analysis.tensors import Part, TensorGroup, list_tensors
-from jamba_lm.analysis.training_cost.mesh import Mesh
+from jamba_lm.analysis.training_cost.mesh import weight_shards
 from jamba_lm.analysis.training_cost.rank import layer_kinds
 from jamba_lm.config import JambaConfig
 from jamba_lm.model.layout import LayerSpec
+from jamba_lm.parallel_layout import ParallelLayout
 
 # The axis along which `tensor` splits a tensor of this name; the others are on all of its ranks.
 _SPLIT_AXES = {
@@ -44,6 +46,8 @@ _SPLIT_AXES = {
     "feed_forward.experts.down_proj.weight": 1,
 }
 
+_KEYS_AND_VALUES = ("mixer.k_proj.weight", "mixer.v_proj.weight")
+
 
 @dataclass(frozen=True, slots=True)
 class Share:
@@ -67,13 +71,13 @@ class Share:
 
 
 @functools.lru_cache(maxsize=1024)
-def rank_shares(config: JambaConfig, mesh: Mesh) -> tuple[Share, ...]:
+def rank_shares(config: JambaConfig, mesh: ParallelLayout) -> tuple[Share, ...]:
     """List what the rank with the most holds of every tensor.
 
-    >>> sum(one.copies * one.held for one in rank_shares(JambaConfig(), Mesh()))
+    >>> sum(one.copies * one.held for one in rank_shares(JambaConfig(), ParallelLayout()))
     51570323328
     """
-    return tuple(_share(group, mesh) for group in _tensors(config))
+    return tuple(_share(group, config, mesh) for group in _tensors(config))
 
 
 @functools.lru_cache(maxsize=64)
@@ -81,14 +85,18 @@ def _tensors(config: JambaConfig) -> tuple[TensorGroup, ...]:
     return list_tensors(config)
 
 
-def _share(group: TensorGroup, mesh: Mesh) -> Share:
-    shape, copies, shards = list(group.shape), group.copies, mesh.weight_shards
+def _share(group: TensorGroup, config: JambaConfig, mesh: ParallelLayout) -> Share:
+    shape, copies, shards = list(group.shape), group.copies, weight_shards(mesh)
     if group.part == "experts":
-        shards = mesh.expert_shards
-    if group.part == "experts" and mesh.expert > 1:
-        copies //= mesh.expert
-    elif group.name in _SPLIT_AXES:
-        shape[_SPLIT_AXES[group.name]] //= mesh.tensor
+        copies, shards = copies // mesh.expert, mesh.expert_shard
+    axis = _SPLIT_AXES.get(group.name)
+    if group.name in _KEYS_AND_VALUES and config.num_kv_heads % mesh.tensor:
+        # Each rank uses one head of them, and has all.
+        axis = None
+    if axis is not None:
+        shape[axis] //= mesh.tensor
+    if group.wide:
+        shards = 1
     held = chunks(shape[0], shards)[0] * math.prod(shape[1:])
     return Share(group.part, group.name, copies, math.prod(shape), held, group.wide)
 
@@ -104,12 +112,12 @@ def chunks(length: int, parts: int) -> list[int]:
 
 
 @functools.lru_cache(maxsize=1024)
-def layer_values(config: JambaConfig, mesh: Mesh) -> tuple[tuple[int, int], ...]:
-    """Return the values that a rank gathers to run a layer of each kind, wide ones apart."""
+def layer_values(config: JambaConfig, mesh: ParallelLayout) -> tuple[int, ...]:
+    """Return the values that a rank gathers to run a layer of each kind."""
     return tuple(_layer_values(config, spec, mesh) for spec, _ in layer_kinds(config))
 
 
-def _layer_values(config: JambaConfig, spec: LayerSpec, mesh: Mesh) -> tuple[int, int]:
+def _layer_values(config: JambaConfig, spec: LayerSpec, mesh: ParallelLayout) -> int:
     never, always = {"period": 2, "offset": 1}, {"period": 1, "offset": 0}
     attention = always if spec.mixer == "attention" else never
     experts = always if spec.feed_forward == "moe" else never
@@ -122,7 +130,4 @@ def _layer_values(config: JambaConfig, spec: LayerSpec, mesh: Mesh) -> tuple[int
     )
     beside = ("embedding.weight", "head.weight", "final_norm.weight")
     shares = [share for share in rank_shares(one, mesh) if share.name not in beside]
-    return (
-        sum(share.copies * share.gathered for share in shares if not share.wide),
-        sum(share.copies * share.gathered for share in shares if share.wide),
-    )
+    return sum(share.copies * share.gathered for share in shares if not share.wide)

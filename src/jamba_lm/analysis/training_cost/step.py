@@ -119,14 +119,15 @@ def step_time(rank: Rank, machine: Machine, passes: int, others: float = 0.0) ->
     first_and_last = passes * sum(seconds / exchange.count for exchange, seconds in behind)
     if hidden:
         waiting["weights and gradients"] = max(first_and_last, hidden - computing)
-    if once:
-        last_backward = sum(backward.values()) / passes
-        waiting["replicas"] = max(0.0, sum(seconds for _, seconds in once) - last_backward)
+    last_backward = sum(backward.values()) / passes
+    for exchange, seconds in once:
+        left = max(0.0, seconds - last_backward) if exchange.hidden else seconds
+        waiting[exchange.purpose] = waiting.get(exchange.purpose, 0.0) + left
     optimizer = machine.optimizer_seconds(held_values(rank), width)
     known = computing + sum(waiting.values()) + optimizer
     return StepTime(
         passes=passes,
-        tokens=passes * rank.work.sequences * rank.work.tokens * rank.mesh.readers,
+        tokens=passes * rank.work.sequences * rank.work.tokens * rank.mesh.num_readers,
         forward=forward,
         backward=backward,
         again=again,
@@ -148,7 +149,7 @@ def flops_per_token(rank: Rank) -> dict[str, Flops]:
     Args:
         rank: of a mesh of one, or the parts of all ranks would have to be added up.
     """
-    assert rank.mesh.gpus == 1
+    assert rank.mesh.world_size == 1
     found: dict[str, Flops] = {}
     for one in pass_operations(rank):
         flops = flops_of(one)

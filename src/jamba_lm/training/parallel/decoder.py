@@ -25,11 +25,12 @@ from jamba_lm.model.mamba import MambaMixer
 from jamba_lm.model.moe import MoE
 from jamba_lm.model.norm import RMSNorm
 from jamba_lm.model.routing import Routing
+from jamba_lm.parallel_layout import ParallelLayout
 from jamba_lm.training.balance import Selections
 from jamba_lm.training.loss import SummedLosses
 from jamba_lm.training.parallel.collectives import Group, add_up, cut_evenly
 from jamba_lm.training.parallel.feed_forward import Experts, ParallelMLP, ParallelMoE
-from jamba_lm.training.parallel.layout import ParallelLayout
+from jamba_lm.training.parallel.meshes import expert_process_mesh
 from jamba_lm.training.parallel.mixers import ParallelAttention, ParallelMamba
 from jamba_lm.training.parallel.norm import ParallelNorm
 from jamba_lm.training.parallel.placement import Placement, placement_of
@@ -98,15 +99,15 @@ def parallelize(decoder: Decoder, layout: ParallelLayout, mesh: DeviceMesh) -> P
     Args:
         decoder: whole.
         layout: how many processes share what.
-        mesh: what `layout.mesh` returned.
+        mesh: what `process_mesh` returned.
 
     Raises:
         RecipeError: see `ParallelLayout.validate`.
     """
     layout.validate(decoder.config, mesh.size())
-    expert_mesh = layout.expert_mesh(mesh.device_type) if layout.expert > 1 else None
+    experts = expert_process_mesh(layout, mesh.device_type) if layout.expert > 1 else None
     values = dict(decoder.named_parameters())
-    parallel = Parallelized(decoder, layout, mesh, expert_mesh)
+    parallel = Parallelized(decoder, layout, mesh, experts)
     parallel._exchange_modules()
     parallel._take_parts(values)
     return parallel

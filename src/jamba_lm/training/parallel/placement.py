@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from jamba_lm.config import JambaConfig
-from jamba_lm.training.parallel.layout import ParallelLayout
+from jamba_lm.parallel_layout import ParallelLayout
 
 # The axis that the tensor processes share, by the end of a parameter's name: outputs of what comes
 # first, inputs of what comes last, and channels. What is not here is whole on each of them.

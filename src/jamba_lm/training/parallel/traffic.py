@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from jamba_lm.config import JambaConfig
 from jamba_lm.model.layout import LayerSpec, plan_layers
-from jamba_lm.training.parallel.layout import ParallelLayout
+from jamba_lm.parallel_layout import ParallelLayout
 
 
 def layer_values(
