@@ -24,7 +24,7 @@ KINDS = {
 }
 # Outputs and inputs that fill whole tiles, with one tile along the inputs, an odd number of them,
 # more groups of INT4 than are unpacked at once; and some that fill none.
-SHAPES = [(32, 64), (64, 192), (160, 320), (32, 4160), (48, 64), (33, 192), (96, 96)]
+SHAPES = [(32, 64), (64, 192), (160, 320), (32, 4160), (48, 64), (36, 128), (33, 192), (96, 96)]
 
 
 def matrix_of(weight: Tensor | PackedWeight) -> Tensor:

@@ -127,6 +127,8 @@ def machine_record() -> dict[str, Any]:
             versions[package] = version(package)
         except PackageNotFoundError:
             versions[package] = "not installed: run from a checkout"
+    # Which build it is, with CUDA or without, is no part of the package's version.
+    versions["torch"] = str(torch.__version__)
     return {
         "versions": versions,
         "machine": platform.machine(),
