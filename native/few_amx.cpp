@@ -1,13 +1,7 @@
 // A few rows by the matrix extension (AMX): sixteen outputs at a time, whose weights are loaded as
 // tiles from where they lie. Compiled with AVX-512 and AMX; nothing here runs before find_path()
 // has asked the processor, and the caller has set up the registers (`begin_amx`).
-#if defined(__GNUC__) && !defined(__clang__)
-// gcc 12 takes the undefined operands of its own intrinsics for mistakes.
-#pragma GCC diagnostic ignored "-Wuninitialized"
-#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
-#endif
-#include <immintrin.h>
-
+#include "avx512.h"
 #include "few_rows.h"
 #include "tile_kernels.h"
 
@@ -161,10 +155,6 @@ inline Found from_bytes(const uint32_t (&chains)[2][TILE_WORDS]) {
   Found found;
   transpose(sums, found.rows);
   return found;
-}
-
-inline __m512i side_by_side(__m256i a, __m256i b) {
-  return _mm512_inserti64x4(_mm512_castsi256_si512(a), b, 1);
 }
 
 // Groups whose scales and minima are made wide at a time: whole vectors.

@@ -1,22 +1,13 @@
 // A few rows cut into the tiles that few_amx.cpp multiplies. Compiled with AVX-512; nothing here
 // runs before find_path() has asked the processor.
-#if defined(__GNUC__) && !defined(__clang__)
-// gcc 12 takes the undefined operands of its own intrinsics for mistakes.
-#pragma GCC diagnostic ignored "-Wuninitialized"
-#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
-#endif
-#include <immintrin.h>
 #include <string.h>
 
+#include "avx512.h"
 #include "few_rows.h"
 #include "tile_kernels.h"
 
 namespace jamba {
 namespace {
-
-inline __m512i side_by_side(__m256i a, __m256i b) {
-  return _mm512_inserti64x4(_mm512_castsi256_si512(a), b, 1);
-}
 
 // The same word of a tile for sixteen words: of one column.
 inline void put_column(uint32_t *tile, int64_t column, __m512i words) {

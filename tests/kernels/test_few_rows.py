@@ -12,6 +12,7 @@ from jamba_lm.kernels.library import loaded_library
 from jamba_lm.kernels.native_products import FEW_ROWS, float_linear
 from jamba_lm.kernels.packed_weights import Int4Weight, Int8Weight, PackedWeight
 from jamba_lm.quantization.grid import quantize_int4
+from tests.kernels.thread_counts import same_bits_with_any_threads
 from tests.tolerances import FEW_ROW_PRODUCTS, assert_within
 
 PATHS = loaded_library().paths_here
@@ -79,15 +80,7 @@ def test_a_row_has_the_same_bits_in_any_company(path, kind, outputs, inputs, cou
 @pytest.mark.parametrize("path", PATHS)
 def test_the_number_of_threads_changes_no_bit(path, kind):
     weight, x = KINDS[kind](torch.randn(960, 512)), torch.randn(11, 512)
-    before, found = torch.get_num_threads(), []
-    try:
-        for threads in (1, 2, 5):
-            torch.set_num_threads(threads)
-            found.append(float_linear(x, weight, path=path))
-    finally:
-        torch.set_num_threads(before)
-    assert torch.equal(found[0], found[1])
-    assert torch.equal(found[0], found[2])
+    assert same_bits_with_any_threads(lambda: float_linear(x, weight, path=path))
 
 
 @pytest.mark.parametrize("inputs", [64, 192, 4160])

@@ -12,6 +12,7 @@ from jamba_lm.kernels.library import loaded_library
 from jamba_lm.kernels.native_products import FEW_ROWS, float_linear
 from jamba_lm.kernels.packed_weights import Int8Weight, PackedWeight
 from jamba_lm.quantization.grid import quantize_int4
+from tests.kernels.thread_counts import same_bits_with_any_threads
 from tests.tolerances import MANY_ROWS, assert_within
 
 PATHS = loaded_library().paths_here
@@ -95,15 +96,7 @@ def test_a_row_has_the_same_product_in_any_company(path, kind):
 @pytest.mark.parametrize("path", PATHS)
 def test_the_number_of_threads_changes_no_bit(path):
     weight, x = torch.randn(900, 512), torch.randn(100, 512)
-    before, found = torch.get_num_threads(), []
-    try:
-        for threads in (1, 2, 5):
-            torch.set_num_threads(threads)
-            found.append(float_linear(x, weight, path=path))
-    finally:
-        torch.set_num_threads(before)
-    assert torch.equal(found[0], found[1])
-    assert torch.equal(found[0], found[2])
+    assert same_bits_with_any_threads(lambda: float_linear(x, weight, path=path))
 
 
 def rounded_rows(x: Tensor) -> tuple[Tensor, Tensor]:
