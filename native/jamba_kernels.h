@@ -14,7 +14,7 @@
 
 #include <stdint.h>
 
-#define JAMBA_ABI_VERSION 4
+#define JAMBA_ABI_VERSION 5
 
 // Tokens between two saved states of the scan; what backward recomputes at once.
 #define JAMBA_CHECKPOINT_TOKENS 16
@@ -160,6 +160,27 @@ typedef struct {
   void *grad_gate_MD;
 } jamba_gate_backward_call;
 
+// Over rows of scores, float32 or, with JAMBA_U, bfloat16: the largest of a row, and the sum of
+// exp(score - largest).
+typedef struct {
+  int64_t path;
+  int64_t threads;
+  int64_t bfloat16;
+  int64_t M, V;
+  void *scores_MV;
+  int64_t scores_stride;
+  float *largest_M;
+  float *sum_M;
+} jamba_softmax_call;
+
+// Writes exp(score - largest) * share, less 1 at the target, over the scores. A target outside of
+// 0 to V - 1 is of another part of the vocabulary, or of nobody.
+typedef struct {
+  jamba_softmax_call forward;  // sum_M is not read
+  const float *share_M;
+  const int64_t *targets_M;
+} jamba_softmax_slopes_call;
+
 // How the values of a matrix lie in memory; row after row in each.
 enum {
   JAMBA_F32 = 0,
@@ -278,6 +299,8 @@ JAMBA_EXPORT int32_t jamba_norm(const jamba_norm_call *call);
 JAMBA_EXPORT int32_t jamba_norm_backward(const jamba_norm_backward_call *call);
 JAMBA_EXPORT int32_t jamba_gate(const jamba_gate_call *call);
 JAMBA_EXPORT int32_t jamba_gate_backward(const jamba_gate_backward_call *call);
+JAMBA_EXPORT int32_t jamba_softmax_sums(const jamba_softmax_call *call);
+JAMBA_EXPORT int32_t jamba_softmax_slopes(const jamba_softmax_slopes_call *call);
 JAMBA_EXPORT int32_t jamba_product(const jamba_product_call *call);
 JAMBA_EXPORT int32_t jamba_unpack(const jamba_unpack_call *call);
 // Up to JAMBA_STEP_ROWS tokens, where reading the weights is the work.

@@ -93,6 +93,8 @@ struct Path {
                         float *grad_weight);
   void (*gate)(const jamba_gate_call &call, int64_t first, int64_t last);
   void (*gate_backward)(const jamba_gate_backward_call &call, int64_t first, int64_t last);
+  void (*softmax_sums)(const jamba_softmax_call &call, int64_t first, int64_t last);
+  void (*softmax_slopes)(const jamba_softmax_slopes_call &call, int64_t first, int64_t last);
 
   // Arranges the inputs; then outputs [first, last), at most PIECE, with the same scratch.
   void (*product_begin)(const jamba_product_call &call, const TileKernels &kernels, float *scratch);

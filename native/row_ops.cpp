@@ -1,6 +1,6 @@
-// Plans RMSNorm and the SiLU gate: threads take rows. The gain of the norm collects a sum
-// over all rows, in a fixed number of parts, so that results are the same for every number
-// of threads.
+// Plans RMSNorm, the SiLU gate and the softmax of a loss: threads take rows. The gain of the norm
+// collects a sum over all rows, in a fixed number of parts, so that results are the same for every
+// number of threads.
 #include <string.h>
 
 #include <algorithm>
@@ -22,9 +22,9 @@ int useful_threads(int64_t threads, int64_t pieces, int64_t values) {
 }
 
 template <typename Call>
-int32_t check(const Call &call, const Path *path) {
+int32_t check(const Call &call, int64_t width, const Path *path) {
   if (path == nullptr) return JAMBA_NO_SUCH_PATH;
-  return call.M > 0 && call.D > 0 && call.threads > 0 ? JAMBA_OK : JAMBA_BAD_SIZE;
+  return call.M > 0 && width > 0 && call.threads > 0 ? JAMBA_OK : JAMBA_BAD_SIZE;
 }
 
 template <typename Rows>
@@ -42,7 +42,7 @@ using namespace jamba;
 
 int32_t jamba_norm(const jamba_norm_call *call) {
   const Path *path = find_path(call->path);
-  if (const int32_t status = check(*call, path)) return status;
+  if (const int32_t status = check(*call, call->D, path)) return status;
   share_rows(call->M, useful_threads(call->threads, call->M, call->M * call->D),
              [&](int64_t first, int64_t last) { path->norm(*call, first, last); });
   return JAMBA_OK;
@@ -51,7 +51,7 @@ int32_t jamba_norm(const jamba_norm_call *call) {
 int32_t jamba_norm_backward(const jamba_norm_backward_call *call) {
   const jamba_norm_call &in = call->forward;
   const Path *path = find_path(in.path);
-  if (const int32_t status = check(in, path)) return status;
+  if (const int32_t status = check(in, in.D, path)) return status;
   const int64_t parts = divide_up(in.M, ROWS_PER_PART);
   const int64_t width = cache_lines(in.D);
   const Scratch sums(parts * width);
@@ -74,7 +74,7 @@ int32_t jamba_norm_backward(const jamba_norm_backward_call *call) {
 
 int32_t jamba_gate(const jamba_gate_call *call) {
   const Path *path = find_path(call->path);
-  if (const int32_t status = check(*call, path)) return status;
+  if (const int32_t status = check(*call, call->D, path)) return status;
   share_rows(call->M, useful_threads(call->threads, call->M, call->M * call->D),
              [&](int64_t first, int64_t last) { path->gate(*call, first, last); });
   return JAMBA_OK;
@@ -83,8 +83,25 @@ int32_t jamba_gate(const jamba_gate_call *call) {
 int32_t jamba_gate_backward(const jamba_gate_backward_call *call) {
   const jamba_gate_call &in = call->forward;
   const Path *path = find_path(in.path);
-  if (const int32_t status = check(in, path)) return status;
+  if (const int32_t status = check(in, in.D, path)) return status;
   share_rows(in.M, useful_threads(in.threads, in.M, in.M * in.D),
              [&](int64_t first, int64_t last) { path->gate_backward(*call, first, last); });
+  return JAMBA_OK;
+}
+
+int32_t jamba_softmax_sums(const jamba_softmax_call *call) {
+  const Path *path = find_path(call->path);
+  if (const int32_t status = check(*call, call->V, path)) return status;
+  share_rows(call->M, useful_threads(call->threads, call->M, call->M * call->V),
+             [&](int64_t first, int64_t last) { path->softmax_sums(*call, first, last); });
+  return JAMBA_OK;
+}
+
+int32_t jamba_softmax_slopes(const jamba_softmax_slopes_call *call) {
+  const jamba_softmax_call &in = call->forward;
+  const Path *path = find_path(in.path);
+  if (const int32_t status = check(in, in.V, path)) return status;
+  share_rows(in.M, useful_threads(in.threads, in.M, in.M * in.V),
+             [&](int64_t first, int64_t last) { path->softmax_slopes(*call, first, last); });
   return JAMBA_OK;
 }

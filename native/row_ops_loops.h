@@ -22,10 +22,7 @@ JAMBA_INLINE float sum_lanes(Vec v) {
 
 // What a value becomes when it is stored and loaded again.
 JAMBA_INLINE Vec rounded_as(bool bfloat16, Vec v) {
-  if (!bfloat16) return v;
-  uint16_t half[LANES];
-  store_bfloat16(half, v);
-  return load_bfloat16(half);
+  return bfloat16 ? from_bfloat16(to_bfloat16(v)) : v;
 }
 
 inline void norm(const jamba_norm_call &call, int64_t first, int64_t last) {

@@ -19,7 +19,7 @@ import zipfile
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-from demo_corpus import SOURCES, fetch, normalise
+from public_domain import SOURCES, fetch, normalise
 
 MEMBER = "evals/registry/data/sarcasm/samples.jsonl"
 LABELS = {"0": " no", "1": " yes"}

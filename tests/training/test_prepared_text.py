@@ -77,6 +77,26 @@ def test_another_corpus_under_a_resumed_run_is_refused(tmp_path):
         train(load_recipe(one / "recipe.toml"), tmp_path / "run", resume="always")
 
 
+def test_files_may_be_held_out_in_place_of_the_prepared_ones(tmp_path):
+    path = prepared_run(tmp_path)
+    prepared = train(load_recipe(path), tmp_path / "prepared held out")
+    own = load_recipe(path, ['data.validation=["validation.jsonl"]'])
+    outcome = train(own, tmp_path / "own held out")
+    record = json.loads((tmp_path / "own held out" / "run.json").read_text())
+    texts = [json.loads(line)["text"] for line in (tmp_path / "validation.jsonl").open()]
+    assert record["validation_documents"] == len(texts)
+    assert record["validation_bytes"] == sum(len(text.encode()) for text in texts)
+    assert load_recipe(tmp_path / "own held out" / "recipe.toml") == own
+    # The same weights, measured on other text.
+    assert prepared.model_folder is not None
+    assert outcome.model_folder is not None
+    weights = [one.model_folder / "model.safetensors" for one in (prepared, outcome)]
+    assert weights[0].read_bytes() == weights[1].read_bytes()
+    last = [log_of(tmp_path / name)[-1] for name in ("prepared held out", "own held out")]
+    assert last[0]["event"] == last[1]["event"] == "validation"
+    assert last[0]["bits_per_byte"] != last[1]["bits_per_byte"]
+
+
 def test_a_recipe_has_one_kind_of_text(tmp_path):
     path = prepared_run(tmp_path)
     with pytest.raises(RecipeError, match=r"data\.prepared and data\.train are both given"):

@@ -83,15 +83,13 @@ class TrainingText:
         )
 
     def record(self) -> dict[str, Any]:
-        """Describe the text for the record of a run."""
+        """Describe what is learned from, for the record of a run."""
         sources = self.corpus.sources
         return {
             "corpus": str(self.corpus.folder),
             "training_fingerprint": self.fingerprint,
             "training_documents": sum(one.documents for s in sources for one in s.train),
             "training_tokens": sum(source.num_tokens for source in sources),
-            "validation_documents": sum(one.documents for s in sources for one in s.validation),
-            "validation_bytes": sum(one.text_bytes for s in sources for one in s.validation),
             "weights": {s.name: self._weights.get(s.name, s.weight) for s in sources},
         }
 

@@ -18,7 +18,7 @@ from jamba_lm.errors import BackendUnavailable
 LIBRARY_PATH = Path(__file__).with_name("libjamba_kernels.so")
 
 # JAMBA_ABI_VERSION of native/jamba_kernels.h: raised with every change of a struct or a function.
-ABI_VERSION = 4
+ABI_VERSION = 5
 
 _FUNCTIONS = (
     "jamba_selective_scan",
@@ -29,6 +29,8 @@ _FUNCTIONS = (
     "jamba_norm_backward",
     "jamba_gate",
     "jamba_gate_backward",
+    "jamba_softmax_sums",
+    "jamba_softmax_slopes",
     "jamba_product",
     "jamba_unpack",
     "jamba_step",

@@ -14,6 +14,7 @@ from jamba_lm.kernels.native_conv import causal_conv
 from jamba_lm.kernels.native_products import packed_linear
 from jamba_lm.kernels.native_rows import rms_norm, silu_gate
 from jamba_lm.kernels.native_scan import selective_scan
+from jamba_lm.kernels.native_softmax import softmax_slopes_, softmax_sums
 
 __all__ = [
     "OPERATIONS",
@@ -24,11 +25,16 @@ __all__ = [
     "rms_norm",
     "selective_scan",
     "silu_gate",
+    "softmax_slopes_",
+    "softmax_sums",
     "why_not",
 ]
 
 OPERATIONS = frozenset(
-    {"causal_conv", "selective_scan", "attention", "rms_norm", "silu_gate", "packed_linear"}
+    {
+        *("causal_conv", "selective_scan", "attention", "rms_norm", "silu_gate", "packed_linear"),
+        *("softmax_sums", "softmax_slopes_"),
+    }
 )
 
 _DTYPES = (torch.float32, torch.bfloat16)

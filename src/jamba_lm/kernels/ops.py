@@ -4,7 +4,7 @@ It knows no arithmetic: `reference` defines every operation, the other back-ends
 
 Dimension key: M rows of all sequences laid end to end, B sequences, C Mamba channels,
 N Mamba state size, W convolution taps, L = W - 1, H query heads, P width of one head, I inputs and
-O outputs of a matrix.
+O outputs of a matrix, V words of a vocabulary or of a part of it.
 """
 
 from __future__ import annotations
@@ -185,6 +185,38 @@ def silu_gate(x: Tensor, gate: Tensor, *, backend: str | None = None) -> Tensor:
         raise ValueError(f"silu_gate: the gate is {gate.dtype}, the input {x.dtype}")
     module = choose("silu_gate", x, gate, backend=backend)
     return module.silu_gate(x, gate)
+
+
+def softmax_sums(scores_MV: Tensor, *, backend: str | None = None) -> tuple[Tensor, Tensor]:
+    """Find what softmaxes divide by; see `reference.softmax_sums` for the definition."""
+    _check_scores("softmax_sums", scores_MV)
+    return choose("softmax_sums", scores_MV, backend=backend).softmax_sums(scores_MV)
+
+
+def softmax_slopes_(
+    scores_MV: Tensor,
+    largest_M: Tensor,
+    share_M: Tensor,
+    targets_M: Tensor,
+    *,
+    backend: str | None = None,
+) -> Tensor:
+    """Overwrite scores by slopes; see `reference.softmax_slopes_` for the definition."""
+    _check_scores("softmax_slopes_", scores_MV)
+    of_rows = ((len(scores_MV),),) * 3
+    _check_shapes(
+        "softmax_slopes_", of_rows, largest_M=largest_M, share_M=share_M, targets_M=targets_M
+    )
+    module = choose("softmax_slopes_", scores_MV, largest_M, share_M, backend=backend)
+    return module.softmax_slopes_(scores_MV, largest_M, share_M, targets_M)
+
+
+def _check_scores(op: str, scores_MV: Tensor) -> None:
+    if scores_MV.ndim != 2 or scores_MV.shape[1] == 0 or scores_MV.stride(1) != 1:
+        raise ValueError(
+            f"{op}: the scores are of shape {tuple(scores_MV.shape)} with strides "
+            f"{scores_MV.stride()}, expected rows of neighbouring values"
+        )
 
 
 def packed_linear(

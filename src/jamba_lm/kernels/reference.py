@@ -4,7 +4,8 @@ It knows nothing of speed beyond not being wasteful; autograd differentiates it,
 
 Dimension key: M rows of all sequences laid end to end, B sequences, T tokens of one sequence,
 S tokens remembered plus T, C Mamba channels, N Mamba state size, W convolution taps, L = W - 1,
-H query heads, G key/value heads, P width of one head, I inputs and O outputs of a matrix.
+H query heads, G key/value heads, P width of one head, I inputs and O outputs of a matrix,
+V words of a vocabulary or of a part of it.
 """
 
 from __future__ import annotations
@@ -19,7 +20,10 @@ from torch import Tensor
 from jamba_lm.kernels.packed_weights import PackedWeight, row_blocks
 
 OPERATIONS = frozenset(
-    {"causal_conv", "selective_scan", "attention", "rms_norm", "silu_gate", "packed_linear"}
+    {
+        *("causal_conv", "selective_scan", "attention", "rms_norm", "silu_gate", "packed_linear"),
+        *("softmax_sums", "softmax_slopes_"),
+    }
 )
 
 # Attention scores, heads x queries x keys, are never more than this at once: 16 MiB.
@@ -233,6 +237,53 @@ def silu_gate(x: Tensor, gate: Tensor) -> Tensor:
     """
     wide = torch.promote_types(x.dtype, torch.float32)
     return (x.to(wide) * F.silu(gate.to(wide))).to(x.dtype)
+
+
+def softmax_sums(scores_MV: Tensor) -> tuple[Tensor, Tensor]:
+    """Return what a softmax over each row divides by, without writing anything of its size.
+
+        largest_m = max_v scores_mv,   sum_m = sum_v exp(scores_mv - largest_m)
+
+    A row with a NaN gets one as its sum.
+
+    Args:
+        scores_MV: any float dtype, V > 0.
+
+    Returns:
+        (largest_M, sum_M), float32, or float64 of float64 scores.
+
+    Source: Milakov and Gimelshein, Online normalizer calculation for softmax (arXiv 1805.02867).
+    """
+    wide_MV = scores_MV.to(torch.promote_types(scores_MV.dtype, torch.float32))
+    largest_M = wide_MV.amax(-1)
+    return largest_M, (wide_MV - largest_M[:, None]).exp().sum(-1)
+
+
+def softmax_slopes_(
+    scores_MV: Tensor, largest_M: Tensor, share_M: Tensor, targets_M: Tensor
+) -> Tensor:
+    """Write the slope of a cross entropy over the scores that it is of.
+
+        scores_mv <- exp(scores_mv - largest_m) share_m - (1 where v is target_m)
+
+    Each slope is computed in float32 and rounded once.
+
+    Args:
+        scores_MV: any float dtype; overwritten.
+        largest_M: of the whole row, see `softmax_sums`; no score may be larger.
+        share_M: 1 / sum of a row that counts, 0 of one that does not, with whatever else the
+            softmax is to be multiplied by.
+        targets_M: columns, int64. One outside of 0 to V - 1 is subtracted nowhere.
+
+    Returns:
+        `scores_MV`.
+    """
+    wide_MV = scores_MV.to(torch.promote_types(scores_MV.dtype, torch.float32))
+    wide_MV = (wide_MV - largest_M[:, None]).exp() * share_M[:, None]
+    here_M = ((targets_M >= 0) & (targets_M < scores_MV.shape[1]))[:, None]
+    column_M1 = targets_M[:, None].clamp(0, scores_MV.shape[1] - 1)
+    wide_MV.scatter_add_(1, column_M1, -here_M.to(wide_MV.dtype))
+    return scores_MV.copy_(wide_MV)
 
 
 def packed_linear(x_MI: Tensor, weight: PackedWeight, bias_O: Tensor | None = None) -> Tensor:

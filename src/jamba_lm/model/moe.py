@@ -7,6 +7,8 @@ M rows, D model width, X experts, K experts per token, E = M*K rows sent to expe
 
 from __future__ import annotations
 
+from itertools import accumulate
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -43,18 +45,23 @@ class MoE(nn.Module):
         # and sums run in a fixed order, so results repeat bit for bit.
         order_E = expert_MK.flatten().argsort(stable=True)
         shares = torch.bincount(expert_MK.flatten(), minlength=len(self.experts)).tolist()
-        sources_E = order_E // self.experts_per_token
-        outputs = []
-        for expert, source_rows in zip(self.experts, sources_E.split(shares), strict=True):
-            share = len(source_rows)
-            if share:
-                spare = round_up(share) - share if x_MD.dtype == torch.bfloat16 else 0
-                rows = F.pad(source_rows, (0, spare)) if spare else source_rows
-                outputs.append(expert(x_MD.index_select(0, rows), batch)[:share])
-        out_ED = torch.cat(outputs)
-        out_MKD = out_ED.index_select(0, order_E.argsort()).unflatten(
-            0, (-1, self.experts_per_token)
-        )
+        sources = list((order_E // self.experts_per_token).split(shares))
+        place_E = torch.empty_like(order_E)
+        place_E[order_E] = torch.arange(len(order_E), device=order_E.device)
+        if x_MD.dtype == torch.bfloat16:
+            spares = [round_up(share) - share for share in shares]
+            sources = [F.pad(rows, (0, spare)) for rows, spare in zip(sources, spares, strict=True)]
+            before = torch.tensor([0, *accumulate(spares)][:-1], device=order_E.device)
+            place_E += before[expert_MK.flatten()]
+        # All rows in one piece: a gradient of its own for each expert's would be as large as x.
+        sizes = [len(rows) for rows in sources]
+        rows_of_expert = x_MD.index_select(0, torch.cat(sources)).split(sizes)
+        outputs = [
+            expert(rows, batch)
+            for expert, rows in zip(self.experts, rows_of_expert, strict=True)
+            if len(rows)
+        ]
+        out_MKD = torch.cat(outputs).index_select(0, place_E).unflatten(0, expert_MK.shape)
         return (out_MKD * weight_MK[..., None].to(x_MD.dtype)).sum(1)
 
 
@@ -62,6 +69,9 @@ def round_up(rows: int) -> int:
     """Return a number of rows that experts are given: few different ones, none much larger.
 
     oneDNN compiles a bfloat16 kernel for every new number of rows, which takes twenty times as
-    long as a product of 1,000 rows itself. The rows that fill up are copies and are cut off again.
+    long as a product of 1,000 rows itself. The rows that fill up are copies whose results nobody
+    reads.
     """
+    if rows == 0:
+        return 0
     return 1 << (rows - 1).bit_length() if rows <= 128 else -(-rows // 128) * 128

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from jamba_lm.data import IGNORED
+from jamba_lm.kernels import ops
 
 # Rows whose logits exist at one time: 128 MiB in float32 for a vocabulary of 65,536.
 CHUNK_ROWS = 512
@@ -87,26 +88,20 @@ class _SummedLosses(torch.autograd.Function):
             )
         for first in range(0, len(targets_M), CHUNK_ROWS):
             rows = slice(first, first + CHUNK_ROWS)
-            counted_M1 = (targets_M[rows] != IGNORED)[:, None].float()
+            counted_M = (targets_M[rows] != IGNORED).float()
             column_M1 = targets_M[rows].clamp_min(0)[:, None]
-            # In steps and in place: torch.logsumexp alone takes longer than the three matrix
-            # products together.
-            scores_MV = (hidden_MD[rows] @ weight_VD.T).float()
-            largest_M1 = scores_MV.amax(-1, keepdim=True)
-            scores_MV -= largest_M1
-            target_M1 = scores_MV.gather(1, column_M1)
-            sum_M1 = scores_MV.exp_().sum(-1, keepdim=True)
-            log_sum_M1 = sum_M1.log()
-            entropy += (counted_M1 * (log_sum_M1 - target_M1)).sum()
-            z_M1 = log_sum_M1 + largest_M1
-            squares += (counted_M1 * z_M1.square()).sum()
+            scores_MV = hidden_MD[rows] @ weight_VD.T
+            target_M = scores_MV.gather(1, column_M1)[:, 0].float()
+            largest_M, sum_M = ops.softmax_sums(scores_MV)
+            z_M = sum_M.log() + largest_M
+            entropy += (counted_M * (z_M - target_M)).sum()
+            squares += (counted_M * z_M.square()).sum()
             if wanted:
                 # d entropy / d logits = softmax - one_hot(target), and d z^2 = 2 z softmax
-                share_M1 = counted_M1 / sum_M1
+                share_M = counted_M / sum_M
                 if z_coef:
-                    share_M1 *= 1.0 + 2.0 * z_coef * z_M1
-                scores_MV *= share_M1
-                slope_MV = scores_MV.scatter_add_(1, column_M1, -counted_M1).to(weight_VD.dtype)
+                    share_M *= 1.0 + 2.0 * z_coef * z_M
+                slope_MV = ops.softmax_slopes_(scores_MV, largest_M, share_M, targets_M[rows])
                 hidden_gradient_MD[rows] = slope_MV @ weight_VD
                 if weight_wanted:
                     weight_gradient_VD += slope_MV.T @ hidden_MD[rows]

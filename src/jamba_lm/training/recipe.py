@@ -23,7 +23,8 @@ class DataSection:
         train: files of documents, .jsonl with a `text` a line or plain text.
         validation: files of held-out documents.
         tokenizer: folder with tokenizer.json; copied beside the exported model.
-        prepared: in place of these three, a folder that `jamba data prepare` has written.
+        prepared: in place of these three, a folder that `jamba data prepare` has written. With
+            `validation`, those files are held out and not what the folder holds out.
         sequence_tokens: tokens of the longest piece of a document that is learned from.
     """
 

@@ -177,10 +177,11 @@ def shown(value: object) -> str:
 
 def _check_text(data: DataSection) -> None:
     given = [key for key in ("train", "validation", "tokenizer") if getattr(data, key)]
-    if data.prepared and given:
+    twice = [key for key in given if key != "validation"]
+    if data.prepared and twice:
         raise RecipeError(
-            f"data.prepared and data.{given[0]} are both given: a prepared folder holds its "
-            "tokenizer and both sides of the split, so leave one out"
+            f"data.prepared and data.{twice[0]} are both given: a prepared folder holds its "
+            "training text and its tokenizer, so leave one out"
         )
     if not data.prepared and len(given) < 3:
         missing = next(key for key in ("train", "validation", "tokenizer") if key not in given)

@@ -5,7 +5,7 @@ Knows recipes and text, and nothing of models and steps.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -53,26 +53,25 @@ class RunText:
                 f"the tokenizer has {tokenizer.vocab_size:,} tokens and the model a vocab_size of "
                 f"{recipe.model.vocab_size:,}: raise it, or train a smaller tokenizer"
             )
+        file = folder / "tokenizer.json" if folder.is_dir() else folder
+
+        def read(what: str, paths: Sequence[str]) -> TokenizedDocuments:
+            saved = cache / f"{what}.tokens.safetensors"
+            return tokenized(
+                [Path(path) for path in paths], tokenizer, file, cache=saved, what=what
+            )
+
         if recipe.data.prepared:
             self._prepared = TrainingText(Path(recipe.data.prepared))
-            self.held_out = self._prepared.held_out
             self.fingerprint = self._prepared.fingerprint
-            return
-        file = folder / "tokenizer.json" if folder.is_dir() else folder
-        self._documents, self.held_out = (
-            tokenized(
-                [Path(path) for path in paths],
-                tokenizer,
-                file,
-                cache=cache / f"{what}.tokens.safetensors",
-                what=what,
-            )
-            for what, paths in (
-                ("training", recipe.data.train),
-                ("validation", recipe.data.validation),
-            )
-        )
-        self.fingerprint = self._documents.fingerprint()
+        else:
+            self._documents = read("training", recipe.data.train)
+            self.fingerprint = self._documents.fingerprint()
+        if recipe.data.validation:
+            self.held_out = read("validation", recipe.data.validation)
+        else:
+            assert self._prepared is not None, "without a prepared folder the files are required"
+            self.held_out = self._prepared.held_out
 
     @property
     def validation_bytes(self) -> int:
@@ -128,15 +127,18 @@ class RunText:
 
     def record(self) -> dict[str, Any]:
         """Describe the text for the record of a run."""
+        held_out = {
+            "validation_documents": len(self.held_out),
+            "validation_bytes": self.validation_bytes,
+        }
         if self._prepared is not None:
-            return self._prepared.record()
+            return {**self._prepared.record(), **held_out}
         assert self._documents is not None
         return {
             "training_documents": len(self._documents),
             "training_tokens": self._documents.num_tokens,
             "training_fingerprint": self.fingerprint,
-            "validation_documents": len(self.held_out),
-            "validation_bytes": self.validation_bytes,
+            **held_out,
         }
 
 

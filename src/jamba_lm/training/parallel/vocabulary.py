@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from jamba_lm.data import IGNORED
+from jamba_lm.kernels import ops
 from jamba_lm.training.loss import CHUNK_ROWS, SummedLosses, summed_losses
 from jamba_lm.training.parallel.collectives import Group, add_up
 from jamba_lm.training.parallel.region import Region, local
@@ -83,28 +84,25 @@ class _LossesInParts(torch.autograd.Function):
         first = group.rank * len(weight_VD)
         for row in range(0, len(targets_M), CHUNK_ROWS):
             rows = slice(row, row + CHUNK_ROWS)
-            counted_M1 = (targets_M[rows] != IGNORED)[:, None].float()
-            column_M1 = targets_M[rows, None] - first
+            counted_M = (targets_M[rows] != IGNORED).float()
             # The target of a row is a column of one process; to the others it counts nothing.
-            own_M1 = ((column_M1 >= 0) & (column_M1 < len(weight_VD))).float()
-            column_M1 = column_M1.clamp(0, len(weight_VD) - 1)
-            scores_MV = (hidden_MD[rows] @ weight_VD.T).float()
-            largest_M1 = add_up(scores_MV.amax(-1, keepdim=True), group, dist.ReduceOp.MAX)
-            scores_MV -= largest_M1
-            target_M1 = own_M1 * scores_MV.gather(1, column_M1)
-            sum_M1 = scores_MV.exp_().sum(-1, keepdim=True)
-            sum_M1, target_M1 = add_up(torch.stack([sum_M1, target_M1]), group)
-            log_sum_M1 = sum_M1.log()
-            entropy += (counted_M1 * (log_sum_M1 - target_M1)).sum()
-            z_M1 = log_sum_M1 + largest_M1
-            squares += (counted_M1 * z_M1.square()).sum()
+            column_M = targets_M[rows] - first
+            own_M = ((column_M >= 0) & (column_M < len(weight_VD))).float()
+            column_M1 = column_M.clamp(0, len(weight_VD) - 1)[:, None]
+            scores_MV = hidden_MD[rows] @ weight_VD.T
+            target_M = own_M * scores_MV.gather(1, column_M1)[:, 0].float()
+            own_largest_M, sum_M = ops.softmax_sums(scores_MV)
+            largest_M = add_up(own_largest_M.clone(), group, dist.ReduceOp.MAX)
+            sum_M = sum_M * (own_largest_M - largest_M).exp()
+            sum_M, target_M = add_up(torch.stack([sum_M, target_M]), group)
+            z_M = sum_M.log() + largest_M
+            entropy += (counted_M * (z_M - target_M)).sum()
+            squares += (counted_M * z_M.square()).sum()
             if wanted:
-                share_M1 = counted_M1 / sum_M1
+                share_M = counted_M / sum_M
                 if z_coef:
-                    share_M1 *= 1.0 + 2.0 * z_coef * z_M1
-                scores_MV *= share_M1
-                scores_MV.scatter_add_(1, column_M1, -counted_M1 * own_M1)
-                slope_MV = scores_MV.to(weight_VD.dtype)
+                    share_M *= 1.0 + 2.0 * z_coef * z_M
+                slope_MV = ops.softmax_slopes_(scores_MV, largest_M, share_M, column_M)
                 hidden_gradient_MD[rows] = slope_MV @ weight_VD
                 weight_gradient_VD += slope_MV.T @ hidden_MD[rows]
         if wanted:
