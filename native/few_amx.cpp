@@ -1,26 +1,13 @@
 // A few rows by the matrix extension (AMX): sixteen outputs at a time, whose weights are loaded as
 // tiles from where they lie. Compiled with AVX-512 and AMX; nothing here runs before find_path()
 // has asked the processor, and the caller has set up the registers (`begin_amx`).
+#include "few_amx.h"
+
 #include "avx512.h"
-#include "few_rows.h"
 #include "tile_kernels.h"
 
 namespace jamba {
 namespace {
-
-constexpr int ROW_BYTES = 64;
-// Bytes that are asked for ahead of each row: a tile reads sixteen rows at once, and the processor
-// does not see that many sequences by itself.
-constexpr int64_t AHEAD = 384;
-
-// Has two lines of each of sixteen rows fetched, of these outputs or of the next sixteen.
-inline void fetch_rows(const char *weights, int64_t stride, int64_t at) {
-  const char *p = at < stride ? weights + at : weights + TILE * stride + (at - stride);
-  for (int64_t row = 0; row < TILE; row++, p += stride) {
-    __builtin_prefetch(p, 0, 3);
-    __builtin_prefetch(p + 64, 0, 3);
-  }
-}
 
 // Sums of one tile of outputs with GROUPS times FEW rows, in two chains that do not wait for each
 // other: [group][chain][TILE_WORDS].
@@ -316,6 +303,14 @@ inline void give(const FewProduct &p, int64_t output, int64_t begin, int64_t end
 
 void few_by_amx(const FewProduct &p) {
   for (int64_t output = p.first; output < p.last; output += TILE) {
+    if (p.x.slots > 1) {
+      float sums[MOST_ROWS_APART][TILE];
+      sum_nibbles_apart(p, output, sums);
+      Found found;
+      for (int row = 0; row < MOST_ROWS_APART; row++) found.rows[row] = _mm512_loadu_ps(sums[row]);
+      give(p, output, 0, p.count, found);
+      continue;
+    }
     for (int64_t i = 0; i < p.count;) {
       int64_t group[2] = {}, ends[3] = {i, i, i};
       int groups = 0;

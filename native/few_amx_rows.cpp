@@ -92,7 +92,8 @@ inline void cut_bytes(const int16_t *x, int64_t inputs, int64_t column, uint32_t
 
 // In the order that few_rows.h describes; and the sums over groups.
 inline void cut_for_nibbles(const jamba_matrix &matrix, const int16_t *x, int64_t column,
-                            uint32_t *tiles, float *group_sums) {
+                            int64_t slots, uint32_t *tiles, float *group_sums) {
+  int64_t group = 0;
   // Words of the first block of 32 inputs: four of its first half, and four of its second.
   constexpr __mmask16 FIRST_BLOCK = 0x0f0f;
   const __m512i ones = _mm512_set1_epi16(1);
@@ -105,20 +106,22 @@ inline void cut_for_nibbles(const jamba_matrix &matrix, const int16_t *x, int64_
         _mm512_permutexvar_epi64(quarters, side_by_side(fine_bytes(a), fine_bytes(b)));
     const int sum_a = _mm512_reduce_add_epi32(_mm512_madd_epi16(a, ones));
     const int sum_b = _mm512_reduce_add_epi32(_mm512_madd_epi16(b, ones));
+    const auto put_group = [&](__mmask16 words, int sum) {
+      const int64_t at = column * slots + group % slots;
+      put_column(tiles, at, _mm512_maskz_mov_epi32(words, coarse));
+      put_column(tiles, FEW + at, _mm512_maskz_mov_epi32(words, fine));
+      group_sums[group * TILE + FEW + column] = (float)sum;
+      group++;
+    };
     if (matrix.group == 64) {
-      put_column(tiles, column, coarse);
-      put_column(tiles, FEW + column, fine);
-      group_sums[FEW + column] = (float)(sum_a + sum_b);
-      tiles += TILE_WORDS, group_sums += TILE;
-      continue;
+      put_group(0xffff, sum_a + sum_b);
+    } else {
+      put_group(FIRST_BLOCK, sum_a);
+      // One column cannot hold both.
+      if (slots == 1) tiles += TILE_WORDS;
+      put_group((__mmask16)~FIRST_BLOCK, sum_b);
     }
-    for (int block = 0; block < 2; block++) {
-      const __mmask16 words = block == 0 ? FIRST_BLOCK : (__mmask16)~FIRST_BLOCK;
-      put_column(tiles, column, _mm512_maskz_mov_epi32(words, coarse));
-      put_column(tiles, FEW + column, _mm512_maskz_mov_epi32(words, fine));
-      group_sums[FEW + column] = (float)(block == 0 ? sum_a : sum_b);
-      tiles += TILE_WORDS, group_sums += TILE;
-    }
+    tiles += TILE_WORDS;
   }
 }
 
@@ -145,7 +148,7 @@ void cut_few_for_amx(const jamba_matrix &matrix, const float *x, int64_t stride,
     if (matrix.kind == JAMBA_INT8) {
       cut_bytes(out.integers, matrix.I, column, tiles);
     } else {
-      cut_for_nibbles(matrix, out.integers, column, tiles, group_sums);
+      cut_for_nibbles(matrix, out.integers, column, out.slots, tiles, group_sums);
     }
   }
 }

@@ -18,12 +18,24 @@ constexpr int64_t FEW = TILE / 2;
 // inputs are in the order in which the low halves of 32 bytes of weights give them, and then the
 // high halves; where a tile's inputs belong to two groups there is a tile for each of them, zero in
 // the other.
+//
+// Up to MOST_ROWS_APART rows that meet INT4 have `slots` columns each, and what a tile holds of
+// group g stands in column row * slots + g % slots, with zeros in the others. So sums of `slots`
+// groups do not mix, and a tile of two groups need not be there twice.
 struct FewTiles {
   uint32_t *tiles;
   float *unit;        // [rows] what 1 stands for in integers
   float *group_sums;  // INT4: [FEW rows][groups][16 columns]: zero, then the sums over each group
   int16_t *integers;  // room for a row
+  int64_t slots;      // INT4: groups of a row that have columns of their own
 };
+
+constexpr int64_t MOST_ROWS_APART = FEW / 2;
+
+static inline int64_t slots_for(const jamba_matrix &matrix, int64_t rows) {
+  if (matrix.kind != JAMBA_INT4 || rows > MOST_ROWS_APART) return 1;
+  return rows == 1 ? FEW : rows == 2 ? FEW / 2 : FEW / 4;
+}
 
 // A product with outputs [first, last) of a matrix, sixteen or a multiple of it.
 struct FewProduct {

@@ -106,7 +106,7 @@ inline Operand operand_in(const TileKernels &kernels, const jamba_matrix &matrix
           padded,
           groups,
           few ? &kernels : nullptr,
-          {(uint32_t *)scratch, unit, group_sums, integers}};
+          {(uint32_t *)scratch, unit, group_sums, integers, slots_for(matrix, rows)}};
 }
 
 // Arranges rows of `x`, `stride` floats apart, for products with `matrix`, in `scratch`.

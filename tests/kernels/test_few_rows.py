@@ -6,37 +6,21 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
 
 from jamba_lm.kernels.library import loaded_library
 from jamba_lm.kernels.native_products import FEW_ROWS, float_linear
-from jamba_lm.kernels.packed_weights import Int4Weight, Int8Weight, PackedWeight
-from jamba_lm.quantization.grid import quantize_int4
+from jamba_lm.kernels.packed_weights import Int4Weight, Int8Weight
+from tests.kernels.matrices import KINDS, fits, matrix_of
 from tests.kernels.thread_counts import same_bits_with_any_threads
 from tests.tolerances import FEW_ROW_PRODUCTS, assert_within
 
 PATHS = loaded_library().paths_here
-KINDS = {
-    "fp32": lambda weight: weight,
-    "bf16": lambda weight: weight.to(torch.bfloat16),
-    "int8": Int8Weight.quantize,
-    "int4 by 32": lambda weight: quantize_int4(weight, 32),
-    "int4 by 64": lambda weight: quantize_int4(weight, 64),
-}
 # Outputs and inputs that fill whole tiles, with one tile along the inputs, an odd number of them,
 # more groups of INT4 than are unpacked at once; and some that fill none.
 SHAPES = [(32, 64), (64, 192), (160, 320), (32, 4160), (48, 64), (36, 128), (33, 192), (96, 96)]
 
 
-def matrix_of(weight: Tensor | PackedWeight) -> Tensor:
-    return (weight if isinstance(weight, Tensor) else weight.dequantize()).double()
-
-
-def fits(kind: str, inputs: int) -> bool:
-    return kind != "int4 by 64" or inputs % 64 == 0
-
-
-@pytest.mark.parametrize("rows", [1, 3, 8, 9, FEW_ROWS])
+@pytest.mark.parametrize("rows", [1, 2, 3, 4, 8, 9, FEW_ROWS])
 @pytest.mark.parametrize(
     ("kind", "shape"),
     [(kind, shape) for kind in KINDS for shape in SHAPES if fits(kind, shape[1])],

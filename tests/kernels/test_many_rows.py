@@ -10,19 +10,12 @@ from torch import Tensor
 
 from jamba_lm.kernels.library import loaded_library
 from jamba_lm.kernels.native_products import FEW_ROWS, float_linear
-from jamba_lm.kernels.packed_weights import Int8Weight, PackedWeight
-from jamba_lm.quantization.grid import quantize_int4
+from jamba_lm.kernels.packed_weights import Int8Weight
+from tests.kernels.matrices import KINDS, matrix_of
 from tests.kernels.thread_counts import same_bits_with_any_threads
 from tests.tolerances import MANY_ROWS, assert_within
 
 PATHS = loaded_library().paths_here
-KINDS = {
-    "fp32": lambda weight: weight,
-    "bf16": lambda weight: weight.to(torch.bfloat16),
-    "int8": Int8Weight.quantize,
-    "int4 by 32": lambda weight: quantize_int4(weight, 32),
-    "int4 by 64": lambda weight: quantize_int4(weight, 64),
-}
 # Rows, outputs, inputs: less than a tile, a bit more than one, more than a part of each, more
 # groups than a kernel unpacks at once.
 SHAPES = [
@@ -34,10 +27,6 @@ SHAPES = [
     (530, 40, 1088),
     (18, 20, 4416),
 ]
-
-
-def matrix_of(weight: Tensor | PackedWeight) -> Tensor:
-    return (weight if isinstance(weight, Tensor) else weight.dequantize()).double()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])

@@ -11,16 +11,11 @@ from torch import Tensor
 from jamba_lm.kernels import native_products, ops
 from jamba_lm.kernels.library import loaded_library
 from jamba_lm.kernels.packed_weights import Int4Weight, Int8Weight, PackedWeight
-from jamba_lm.quantization.grid import quantize_int4
+from tests.kernels.matrices import PACKED as KINDS
 from tests.tolerances import PACKED_LINEAR, assert_within
 
 BACKENDS = ["reference", "native"]
 PATHS = loaded_library().paths_here
-KINDS = {
-    "int8": Int8Weight.quantize,
-    "int4 by 32": lambda weight: quantize_int4(weight, 32),
-    "int4 by 64": lambda weight: quantize_int4(weight, 64),
-}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 # Rows, outputs, inputs: one row, a few, one more than few, many; outputs that fill no vector; more
 # groups than a kernel unpacks at once. Then inputs that fill no step of a kernel.

@@ -9,6 +9,7 @@ import logging
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -302,19 +303,21 @@ class Learner:
             decoder(rows.ids_M, rows.batch, hidden=True)
         return rows.routing
 
+    # torch keeps whether gradients are wanted for each thread, so this is said where a worker runs.
     @torch.no_grad()
-    def _predict(self, packed: PackedBatch) -> tuple[float, int]:
+    def _predict(self, decoder: Decoder, packed: PackedBatch) -> tuple[float, int]:
         rows = self._model.rows_of(packed, self.backend)
-        hidden = self.decoder(rows.ids_M, rows.batch, hidden=True)
-        sums = self._model.losses(self.decoder, hidden, rows, 0.0)
+        hidden = decoder(rows.ids_M, rows.batch, hidden=True)
+        sums = self._model.losses(decoder, hidden, rows, 0.0)
         return sums.entropy.item(), rows.num_targets
 
     def validate(self) -> Validation:
         """Read the held-out documents."""
         found = validate(
             self._text.validation_batches(),
-            self._predict,
+            partial(self._workers.run, self._predict),
             num_bytes=self._text.validation_bytes,
+            at_once=len(self._workers.decoders),
             together=self._together,
         )
         self._model.give_up_gathered()

@@ -6,7 +6,7 @@ Knows no optimizer and no recipe.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 
@@ -16,8 +16,9 @@ from jamba_lm.data import PackedBatch
 from jamba_lm.model.decoder import Decoder
 from jamba_lm.training.together import ALONE, Together
 
-Predict = Callable[[PackedBatch], tuple[float, int]]
-"""Reads a batch; returns the summed cross entropy of this process' rows, and how many they are."""
+Predict = Callable[[Sequence[PackedBatch]], list[tuple[float, int]]]
+"""Reads batches, perhaps several at the same time; returns for each of them the summed cross
+entropy of this process' rows, and how many they are."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +45,7 @@ def validate(
     predict: Predict,
     *,
     num_bytes: int,
+    at_once: int = 1,
     together: Together = ALONE,
 ) -> Validation:
     """Read every batch and measure how surprising its targets were.
@@ -52,14 +54,17 @@ def validate(
         batches: the held-out text.
         predict: the model.
         num_bytes: UTF-8 bytes of what the batches predict.
+        at_once: batches that `predict` is given in one call, at most. It changes no bit.
         together: the processes that read, each with a call of its own.
     """
     nats, num_tokens = 0.0, 0
-    for packed, counts in _shares(batches, together.reader, together.readers):
-        found, predicted = predict(packed)
-        if counts:
-            nats += found
-            num_tokens += predicted
+    shares = _shares(batches, together.reader, together.readers)
+    while some := list(islice(shares, at_once)):
+        results = predict([packed for packed, _ in some])
+        for (found, predicted), (_, counts) in zip(results, some, strict=True):
+            if counts:
+                nats += found
+                num_tokens += predicted
     nats, tokens = together.add_up([nats, num_tokens])
     return Validation(nats / tokens, nats / math.log(2) / num_bytes, int(tokens), num_bytes)
 
