@@ -145,6 +145,9 @@ class Continuation:
         """Pick tokens, from each row [V] of `logits` one, until a guess turns out wrong."""
         self.reading = False
         self._num_calls += 1
+        if not self.draft:
+            (logits_V,) = logits
+            return [self._pick(logits_V, self._counts())]
         picked: list[GeneratedToken] = []
         for logits_V, guess in zip(logits, [*self.draft, None], strict=True):
             token = self._pick(logits_V)
@@ -153,10 +156,13 @@ class Continuation:
             if self.done or token.id != guess:
                 break
         self._num_drafted += len(self.draft)
-        if self._drafter is None:
-            return picked
-        counts = DraftCounts(self._num_drafted, self._num_accepted, self._num_calls)
+        counts = self._counts()
         return [replace(token, drafting=counts) for token in picked]
+
+    def _counts(self) -> DraftCounts | None:
+        if self._drafter is None:
+            return None
+        return DraftCounts(self._num_drafted, self._num_accepted, self._num_calls)
 
     def settle(self, model: LanguageModel) -> None:
         """Let the state take over what was read and is true, once all but the last was given out.
@@ -179,7 +185,7 @@ class Continuation:
             model.next_logits([self.unread[:-1]], [self.state])
             self.unread = self.unread[-1:]
 
-    def _pick(self, logits_V: Floats) -> GeneratedToken:
+    def _pick(self, logits_V: Floats, drafting: DraftCounts | None = None) -> GeneratedToken:
         request = self._request
         token = self._sampler.pick(logits_V)
         self._picked.append(token)
@@ -200,7 +206,7 @@ class Continuation:
                 reason = "stop_string"
         self.done = reason is not None
         if request.num_logprobs is None:
-            return GeneratedToken(id=token, text=text, finish_reason=reason)
+            return GeneratedToken(id=token, text=text, finish_reason=reason, drafting=drafting)
         found = log_probabilities(logits_V, token, request.num_logprobs)
         return GeneratedToken(
             id=token,
@@ -208,6 +214,7 @@ class Continuation:
             finish_reason=reason,
             logprob=found.picked,
             top_logprobs=found.top,
+            drafting=drafting,
         )
 
 

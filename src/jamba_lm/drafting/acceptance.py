@@ -50,10 +50,14 @@ class AcceptanceRates:
         Each guess that does makes the match one longer. At most `count` are listed, and none that
         is hardly ever reached.
         """
+        # Asked for every token: no calls.
+        hits, guesses, class_of = self._hits, self._guesses, self._class_of
+        last = len(class_of) - 1
         chances: list[float] = []
         chance = 1.0
-        for more in range(count):
-            chance *= self.rate(length + more)
+        for longer in range(length, length + count):
+            one = class_of[longer if longer < last else last]
+            chance *= hits[one] / guesses[one]
             if chance < LEAST_CHANCE:
                 break
             chances.append(chance)

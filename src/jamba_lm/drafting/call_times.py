@@ -63,8 +63,9 @@ class CallTimes:
 
         0 while nothing is known.
         """
-        if self.knows(rows):
-            return self._by_rows[rows].seconds
+        known = self._by_rows.get(rows)
+        if known is not None and self._num_calls - known.last_seen < LIFETIME_CALLS:
+            return known.seconds
         sizes = [size for size in self._by_rows if self.knows(size)]
         fewer = max((size for size in sizes if size < rows), default=0)
         more = min((size for size in sizes if size > rows), default=0)
