@@ -20,6 +20,7 @@ from jamba_lm.files import (
     parse_json,
     path_kind,
     read_json,
+    remove_leftovers,
     write_atomic,
     write_json,
 )
@@ -71,6 +72,11 @@ def test_a_process_killed_while_writing_leaves_the_old_file(tmp_path):
     )
     assert run.returncode == -signal.SIGKILL, run.stderr
     assert path.read_bytes() == b"old"
+    # What it left is known by its name; a file of somebody else is not touched.
+    (tmp_path / ".a.bin.mine.tmp").write_bytes(b"mine")
+    assert len(names_in(tmp_path)) == 3
+    remove_leftovers(tmp_path)
+    assert names_in(tmp_path) == [".a.bin.mine.tmp", "a.bin"]
 
 
 def test_a_new_file_has_ordinary_permissions(tmp_path):

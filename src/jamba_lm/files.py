@@ -18,6 +18,18 @@ from jamba_lm.errors import InputError, JambaError
 MIB = 1024**2
 
 
+_SUFFIX = ".tmp"
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove the temporary files of `write_atomic` whose writers were killed.
+
+    Nobody else may be writing to `folder`.
+    """
+    for stray in folder.glob(f".*.{'[0-9a-f]' * 16}{_SUFFIX}"):
+        stray.unlink(missing_ok=True)
+
+
 def write_atomic(path: str | os.PathLike[str], write: Callable[[BinaryIO], None]) -> None:
     """Create or replace the file at `path`, so that no reader and no crash ever sees half of it.
 
@@ -33,7 +45,7 @@ def write_atomic(path: str | os.PathLike[str], write: Callable[[BinaryIO], None]
         InputError: the operating system refused (no such folder, no permission, disk full).
     """
     target = Path(os.path.realpath(path))
-    temporary = target.with_name(f".{target.name[:100]}.{os.urandom(8).hex()}.tmp")
+    temporary = target.with_name(f".{target.name[:100]}.{os.urandom(8).hex()}{_SUFFIX}")
     try:
         try:
             # "x" and not a temporary-file module: the file gets the permissions that an ordinary

@@ -186,6 +186,17 @@ def test_a_preparation_killed_at_any_moment_goes_on_to_the_same_bytes(texts):
     assert not (corpus.folder / "work").exists()
 
 
+def test_what_killed_tasks_have_left_is_gone_in_the_end(texts):
+    """A kill in the middle of writing a plan or a shard leaves a temporary file behind."""
+    whole = prepared(texts, "whole", source=[WEB, BOOKS])
+    stopped_after(texts, 6, source=[WEB, BOOKS])
+    (texts / "out" / "shards").mkdir(exist_ok=True)
+    for name in (".plan.json", "shards/.web-train-00000.safetensors"):
+        (texts / "out" / f"{name}.0123456789abcdef.tmp").write_bytes(b"half")
+    corpus = prepared(texts, "out", source=[WEB, BOOKS])
+    assert shard_bytes(whole.folder) == shard_bytes(corpus.folder)
+
+
 class Stopped(Exception):
     """Raised by a test in the middle of the work."""
 

@@ -13,14 +13,14 @@ from pathlib import Path
 from typing import Any
 
 from jamba_lm.corpus.columns import Columns, refused_as_input_error
-from jamba_lm.corpus.pack_phase import SIDES
+from jamba_lm.corpus.pack_phase import SHARDS, SIDES
 from jamba_lm.corpus.plan import Plan
 from jamba_lm.corpus.prepared import FORMAT, MANIFEST, TOKENIZER
 from jamba_lm.corpus.recipe import result_digest
 from jamba_lm.corpus.report import REPORT_HTML, REPORT_JSON, build_report
 from jamba_lm.corpus.report_page import report_page
 from jamba_lm.corpus.tokenize_phase import open_tokenizer, tokenizer_folder
-from jamba_lm.files import make_folder, write_atomic, write_json
+from jamba_lm.files import make_folder, remove_leftovers, write_atomic, write_json
 
 
 def finish_task(plan: Plan, done: Mapping[str, Sequence[Columns]], out: Path) -> None:
@@ -59,6 +59,9 @@ def finish_task(plan: Plan, done: Mapping[str, Sequence[Columns]], out: Path) ->
     write_json(out / REPORT_JSON, report)
     page = report_page(report).encode("utf-8")
     write_atomic(out / REPORT_HTML, lambda file: _write(file, page))
+    # No other task is at work any more: what is left was left by one that was killed.
+    for folder in (out, out / SHARDS):
+        remove_leftovers(folder)
     write_json(out / MANIFEST, manifest)
 
 

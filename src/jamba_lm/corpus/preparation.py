@@ -23,7 +23,7 @@ from jamba_lm.corpus.recipe import CorpusRecipe
 from jamba_lm.corpus.stages import make_stages
 from jamba_lm.corpus.tokenize_phase import open_tokenizer, tokenizer_folder
 from jamba_lm.errors import CapacityError, DataError, InputError
-from jamba_lm.files import make_folder, path_kind
+from jamba_lm.files import make_folder, path_kind, remove_leftovers
 
 # Phase, how much of it is done, of how much, and in what.
 Watch = Callable[[str, int, int, str], None]
@@ -101,8 +101,7 @@ def _check_ready(recipe: CorpusRecipe) -> None:
 
 def _check_empty(out: Path) -> None:
     # A process that was killed while it wrote the plan left its temporary file behind.
-    for stray in out.glob(f".{PLAN}.*.tmp"):
-        stray.unlink()
+    remove_leftovers(out)
     others = sorted(path.name for path in out.iterdir() if path.name != "lock")
     if others:
         raise InputError(

@@ -139,16 +139,12 @@ def _mixture(rank: Rank, loads: Sequence[int] | None) -> dict[str, int]:
     D, X, K = config.d_model, config.num_experts, config.experts_per_token
     if loads is None:
         rows = round(rank.experts * padded_rows(rank.expert_rows, w))
-        filled_up, as_they_are = (rows, 0) if w == 2 else (0, rows)
     else:
-        filled = [(_filled(load, w), load) for load in loads if load]
-        rows = sum(new for new, _ in filled)
-        filled_up = sum(new for new, load in filled if new > load)
-        as_they_are = rows - filled_up
+        rows = sum(_filled(load, w) for load in loads if load)
     # Probabilities, the experts taken, and where their rows go; what they give, to be weighed.
     routing = M * (D * w + X * FLOAT + 2 * K * INDEX + K * D * w + K * w)
-    # Numbers of rows: experts have slices of one list, and a list of their own when filled up.
-    routing += filled_up * INDEX + (M * K * INDEX if as_they_are else 0)
+    # The numbers of the rows of all experts, in one list.
+    routing += rows * INDEX
     return {"routing": routing, "experts": rows * (D + 3 * rank.inner) * w}
 
 
