@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import tempfile
 from collections.abc import Callable
 from dataclasses import asdict
@@ -9,10 +10,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from benchmarks import engine_client, llama_cpp, parity_gate
+from benchmarks import engine_client, llama_cpp, packed_parity, parity_gate
 from benchmarks.checkpoints import truth_type
 from benchmarks.comparison_run import LLAMA_TYPES, PEER_TYPE, Run, place_of
-from benchmarks.engine_client import worker
+from benchmarks.engine_client import Worker, worker
+from benchmarks.our_model import open_model, packed_folder
 from jamba_lm.presets import preset
 
 PARITY_TOKENS, GREEDY_TOKENS = 96, 24
@@ -36,22 +38,62 @@ def check_parity(run: Run, shape: str, weights: str, folder: Path) -> dict[str, 
                 run.say(f"  {name}: failed, and is left out: {failure}")
                 failed[name] = str(failure)
         with worker("transformers", folder, wide, run.threads) as truth:
-            expected = truth.logits(ids, place)
-            likeliest = truth.ask("greedy", ids=ids, tokens=GREEDY_TOKENS)["ids"]
-            judged = {}
-            for name, (kind, logits, greedy) in found.items():
-                along = truth.logits([*ids, *greedy], place)[len(ids) - 1 : -1]
-                judged[name] = parity_gate.compare(kind, logits, expected, greedy, likeliest, along)
+            judged = held_against(truth, found, ids, place)
+        records: dict[str, dict[str, Any]] = {}
+        if "jamba" in judged and weights in packed_parity.WEIGHT_BOUNDS:
+            ours = found["jamba"]
+            arithmetic, problem = with_same_weights(run, weights, folder, ours, ids, place)
+            judged["jamba"] = packed_parity.judged(judged["jamba"], arithmetic, problem)
+            records["jamba"] = {"error_with_same_weights": arithmetic.error}
+            run.say(f"  jamba: error {arithmetic.error:.2g} against the same rounded weights")
     for name, parity in judged.items():
         verdict = parity.problem or "the same to rounding"
         run.say(f"  {name}: error {parity.error:.2g}, top-1 {parity.top1:.3f}: {verdict}")
-    records = {name: asdict(parity) for name, parity in judged.items()}
+    records = {name: asdict(parity) | records.get(name, {}) for name, parity in judged.items()}
     if {"jamba", "transformers"} <= judged.keys() and weights == "bf16" and wide == "fp32":
         ratio = judged["jamba"].median_error / judged["transformers"].median_error
         records["jamba"]["error_over_transformers"] = ratio
         if ratio > parity_gate.BF16_RATIO:
             records["jamba"]["problem"] = f"its error is {ratio:.2f} times that of transformers"
     return {"truth": f"transformers {wide}", "engines": records, "failed": failed}
+
+
+def held_against(
+    truth: Worker, found: dict[str, Answer], ids: list[int], place: Path
+) -> dict[str, parity_gate.Parity]:
+    """Compare what engines answered with what one of them says that is taken for true."""
+    expected = truth.logits(ids, place)
+    likeliest = truth.ask("greedy", ids=ids, tokens=GREEDY_TOKENS)["ids"]
+    judged = {}
+    for name, (kind, logits, greedy) in found.items():
+        along = truth.logits([*ids, *greedy], place)[len(ids) - 1 : -1]
+        # What rounding weights costs is no error; `with_same_weights` looks for those.
+        bound = math.inf if kind in packed_parity.WEIGHT_BOUNDS else None
+        judged[name] = parity_gate.compare(
+            kind, logits, expected, greedy, likeliest, along, bound=bound
+        )
+    return judged
+
+
+def with_same_weights(
+    run: Run, weights: str, folder: Path, answer: Answer, ids: list[int], place: Path
+) -> tuple[parity_gate.Parity, str | None]:
+    """Compare a packed model with transformers that holds what the packed weights stand for.
+
+    Returns:
+        How far its logits are off, and what is wrong with the weights, if anything.
+    """
+    packed, wide = packed_folder(folder, weights), truth_type(folder.name)
+    problem = packed_parity.weight_problem(
+        weights, open_model(folder, "bf16"), open_model(packed, weights)
+    )
+    _, logits, greedy = answer
+    kind = packed_parity.unpacked_kind(weights)
+    with (
+        packed_parity.unpacked(packed) as plain,
+        worker("transformers", plain, wide, run.threads) as truth,
+    ):
+        return held_against(truth, {"jamba": (kind, logits, greedy)}, ids, place)["jamba"], problem
 
 
 def answers(

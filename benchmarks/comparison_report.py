@@ -128,6 +128,9 @@ def parity_lines(blocks: Sequence[Mapping[str, Any]]) -> list[str]:
         for name, one in block["parity"]["engines"].items():
             label = f"{name} {block['type']}" if name == "jamba" else name
             note = "" if one["problem"] is None else f"; not measured: {one['problem']}"
+            if "error_with_same_weights" in one:
+                same = one["error_with_same_weights"]
+                note = f" ({same:.1e} with the same rounded weights){note}"
             lines.append(
                 f"| {label} | {one['error']:.1e}{note} | {one['divergence']:.1e} "
                 f"| {one['top1']:.3f} | {one['same_greedy']} of {one['greedy']} |"

@@ -20,10 +20,10 @@ BOUNDS: Mapping[str, float] = {
     "fp32": 1e-4,
     # transformers' own bfloat16 is at 2 to 5 per cent after 8 to 28 layers.
     "bf16": 0.10,
-    # Weights that are rounded once to 8 bits of a row, or to 4 bits of 32 to 64 values. On random
-    # weights, whose logits are nearly flat.
-    "int8": 0.20,
-    "int4": 0.80,
+    # Rows of activations are rounded to 8 bits where large products take them; `packed_parity` says
+    # what of the weights.
+    "int8, the same weights": 0.10,
+    "int4, the same weights": 0.10,
     # llama.cpp rounds activations to the type of the weights, or to 8 bits.
     "F32": 2e-3,
     "F16": 2e-2,

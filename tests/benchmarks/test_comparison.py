@@ -22,7 +22,23 @@ from benchmarks.llama_cpp import (
     parse_batched_bench,
     parse_bench,
 )
+from benchmarks.packed_parity import (
+    WEIGHT_BOUNDS,
+    judged,
+    largest_weight_error,
+    unpacked,
+    unpacked_kind,
+    weight_problem,
+)
 from benchmarks.parity_gate import BOUNDS, compare, divergence, first_wrong, relative_error
+from jamba_lm.language_model import load
+from jamba_lm.quantization.policy import find_scheme
+from jamba_lm.quantization.rewrite import quantize_decoder
+from tests.arms import shaken_model
+from tests.tiny_checkpoint import tiny_config
+
+# Rows as long as a real model's, in which the largest value lies where it does there.
+WIDE = tiny_config().replace(d_model=256, d_ff=256)
 
 
 def logits(seed: int = 0, tokens: int = 12, vocab: int = 50) -> torch.Tensor:
@@ -30,6 +46,43 @@ def logits(seed: int = 0, tokens: int = 12, vocab: int = 50) -> torch.Tensor:
 
 
 # --- the gate
+
+
+@pytest.mark.parametrize("scheme", WEIGHT_BOUNDS)
+def test_packed_weights_are_rounded_as_far_as_their_type_explains_and_no_further(scheme: str):
+    original, packed = shaken_model(WIDE), shaken_model(WIDE)
+    quantize_decoder(packed.decoder, find_scheme(scheme))
+    name, error = largest_weight_error(original, packed)
+    assert 0.2 * WEIGHT_BOUNDS[scheme] < error
+    assert weight_problem(scheme, original, packed) is None
+    damaged = packed.decoder.get_submodule(name.rpartition(".")[0])
+    damaged.weight.tensors()["scale"].mul_(1.25)
+    problem = weight_problem(scheme, original, packed)
+    assert problem is not None
+    assert name in problem
+
+
+def test_what_unpacked_weights_are_read_by_others_gives_the_same_logits(tmp_path: Path):
+    model = shaken_model(tiny_config())
+    quantize_decoder(model.decoder, find_scheme("int8"))
+    model.save(tmp_path / "packed")
+    with unpacked(tmp_path / "packed") as plain:
+        found = load(plain, dtype="fp32").logits([[3, 4, 5]])[0]
+    assert not plain.exists()
+    error = relative_error(found, load(tmp_path / "packed").logits([[3, 4, 5]])[0])
+    assert error < BOUNDS[unpacked_kind("int8")]
+
+
+def test_a_packed_model_is_judged_by_its_arithmetic_and_its_weights_not_by_what_rounding_costs():
+    truth = logits()
+    far = compare("int4", truth + logits(1), truth, [], [], truth[:0], bound=0.1)
+    near = compare("int4, the same weights", truth, truth, [], [], truth[:0])
+    assert far.problem is not None
+    assert judged(far, near, None).problem is None
+    assert judged(far, near, "damaged").problem == "damaged"
+    assert judged(near, far, None).problem == far.problem
+    broken = compare("int4", truth * float("nan"), truth, [], [], truth[:0], bound=0.1)
+    assert judged(broken, near, None).problem == broken.problem
 
 
 def test_the_same_logits_pass_in_every_type():
