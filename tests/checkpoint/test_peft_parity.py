@@ -30,7 +30,7 @@ IDS = some_ids(19)
 MODULES = ["q_proj", "k_proj", "v_proj", "o_proj", "in_proj", "x_proj", "out_proj"]
 DENSE = ["gate_proj", "up_proj", "down_proj"]
 EXPERTS = ["feed_forward.experts.gate_up_proj", "feed_forward.experts.down_proj"]
-EVERYTHING = ["attention", "mamba", "mlp", "experts", "router"]
+EVERYTHING = ["attention", "mamba", "mlp", "experts", "router", "embedding"]
 
 
 @pytest.fixture(scope="module")
@@ -112,6 +112,11 @@ SETTINGS = {
         "alpha_pattern": {"q_proj": 1, "experts.gate_up_proj": 9},
     },
     "rslora": {"target_modules": [*MODULES, *DENSE], "r": 5, "lora_alpha": 3, "use_rslora": True},
+    # What AI21's card of Jamba v0.1 fine-tunes.
+    "embedding and mixers": {
+        "target_modules": ["embed_tokens", "x_proj", "in_proj", "out_proj"],
+        "r": 8,
+    },
     "saved whole": {
         "target_modules": MODULES,
         "modules_to_save": ["lm_head", "final_layernorm", "conv1d"],
@@ -138,6 +143,7 @@ def test_an_adapter_that_peft_wrote_gives_the_same_logits(base, tmp_path, settin
         ["experts.up_proj"],
         ["mlp", "experts.down_proj"],
         ["in_proj", "router"],
+        ["embedding"],
     ],
     ids=" ".join,
 )
@@ -258,6 +264,7 @@ STACK = "base_model.model.model.layers.1.feed_forward.experts"
         (lambda t: t.update({A.replace("lora_A.weight", "lora_magnitude_vector"): t[A]}), "no part of plain LoRA"),  # noqa: E501
         (lambda t: t.update({f"{STACK}.lora_A.weight": t[f"{STACK}.lora_A.weight"][:-1]}), "a multiple of the model's 4 experts"),  # noqa: E501
         (lambda t: t.update({"base_model.model.lm_head.weight": t[A]}), "replaces lm_head.weight by one of shape"),  # noqa: E501
+        (lambda t: t.update({f"base_model.model.lm_head{x}.weight": t[A] for x in ("", ".base_layer")}), "holds lm_head twice"),  # noqa: E501
         (lambda t: t.clear(), "holds no tensor"),
     ],
 )  # fmt: skip

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from jamba_lm.checkpoint.adapter import Adapter, LowRank, merge_into
-from jamba_lm.errors import CheckpointError, InputError
+from jamba_lm.errors import CheckpointError, InputError, RecipeError
 from jamba_lm.finetuning.linears import USUAL, chosen_places, known_targets, linear_places
 from jamba_lm.finetuning.low_rank import (
     LowRankLinear,
@@ -38,7 +38,7 @@ def adapted(scheme: str | None = None, dropout: float = 0.0) -> LanguageModel:
     if scheme is not None:
         quantize_decoder(model.decoder, find_scheme(scheme))
         dequantize_decoder(model.decoder, layers=False)
-    places = chosen_places(model.decoder, [*USUAL, "router"])
+    places = chosen_places(model.decoder, [*USUAL, "router", "embedding"])
     let_gradients_through(model.decoder)
     insert(model.decoder, places, rank=3, scale=0.7, dropout=dropout)
     draw_values(model.decoder, seed=1)
@@ -132,10 +132,17 @@ def test_every_target_means_some_module_of_a_model_that_has_all_kinds(target):
     assert all(kind in (one.kind, one.leaf) and leaf in ("", one.leaf) for one in places)
 
 
-def test_the_usual_targets_leave_routers_out():
+def test_the_usual_targets_leave_routers_and_the_embedding_out():
     decoder = shaken_model(tiny_config()).decoder
     left = set(linear_places(decoder)) - set(chosen_places(decoder, []))
-    assert {one.kind for one in left} == {"router"}
+    assert {one.kind for one in left} == {"router", "embedding"}
+
+
+def test_an_embedding_that_is_the_head_takes_no_adapter():
+    decoder = shaken_model(tiny_config().replace(tie_embeddings=True)).decoder
+    assert {one.kind for one in linear_places(decoder)} == {*USUAL, "router"}
+    with pytest.raises(RecipeError, match="one matrix for embedding and head"):
+        chosen_places(decoder, ["embedding"])
 
 
 def test_a_change_that_is_not_finite_is_refused():

@@ -56,7 +56,7 @@ class Adapter:
 
     Attributes:
         changes: by the name of the changed weight, as the decoder has it.
-        replaced: weights that take the place of the model's, likewise.
+        replaced: weights that take the place of the model's, likewise; changes are added to them.
         base: what the adapter says it was made for; None when it does not say.
     """
 
@@ -79,8 +79,8 @@ class Adapter:
         changed = weight
         if name in self.replaced:
             changed = self.replaced[name].to(weight.dtype)
-        elif name in self.changes:
-            changed = self.changes[name].added_to(weight)
+        if name in self.changes:
+            changed = self.changes[name].added_to(changed)
         if changed is not weight and not torch.isfinite(changed).all():
             raise CheckpointError(
                 f"{name} holds NaN or infinity once the adapter is added: was it saved after its "
@@ -112,7 +112,7 @@ def merge_into(decoder: Decoder, adapter: Adapter) -> None:
         InputError: one of the matrices is quantised.
         CheckpointError: a weight is no longer finite.
     """
-    for name in [*adapter.changes, *adapter.replaced]:
+    for name in {**adapter.changes, **adapter.replaced}:
         owner, _, leaf = name.rpartition(".")
         module = decoder.get_submodule(owner)
         weight = dict(module.named_parameters(recurse=False)).get(leaf)

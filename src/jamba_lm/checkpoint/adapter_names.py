@@ -16,6 +16,8 @@ from collections.abc import Iterable
 
 PREFIX = "base_model.model."
 FACTOR = re.compile(r"(.+)\.(lora_A|lora_B)\.weight")
+EMBEDDING = "model.embed_tokens"
+BASE = re.compile(r"(model\.embed_tokens|lm_head)\.base_layer\.weight")
 EMBEDDING_FACTOR = re.compile(r"(.+)\.(lora_embedding_A|lora_embedding_B)")
 STACK = re.compile(r"(model\.layers\.[0-9]{1,6}\.feed_forward\.experts)(\.base_layer)?")
 EXPERT = re.compile(

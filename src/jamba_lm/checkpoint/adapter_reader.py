@@ -16,6 +16,8 @@ from torch import Tensor
 from jamba_lm.checkpoint.adapter import Adapter, LowRank
 from jamba_lm.checkpoint.adapter_config import AdapterSettings, read_settings
 from jamba_lm.checkpoint.adapter_names import (
+    BASE,
+    EMBEDDING,
     EMBEDDING_FACTOR,
     EXPERT,
     FACTOR,
@@ -86,6 +88,9 @@ class _Reading:
             raise self._refuse("holds no tensor")
         pairs: dict[str, Factors] = {}
         whole: dict[str, Tensor] = {}
+        # Matrices that peft saved beside their change: it does so for embedding and head, whose
+        # vocabulary may have grown.
+        bases: set[str] = set()
         for name, tensor in tensors.items():
             if tensor.dtype not in DTYPES.values():
                 raise self._refuse(f"holds {shown(name)} as {tensor.dtype}: expected floats")
@@ -103,13 +108,22 @@ class _Reading:
                     f"holds {shown(name)}, which is no part of plain LoRA: merge it with peft and "
                     "load the result"
                 )
+            elif (base := BASE.fullmatch(public)) is not None:
+                if f"{PREFIX}{base[1]}.weight" in tensors:
+                    raise self._refuse(f"holds {base[1]} twice, with and without base_layer")
+                whole[f"{base[1]}.weight"] = tensor
+                bases.add(f"{base[1]}.weight")
             else:
                 whole[public] = tensor
         stacks = {module for module in pairs if STACK.fullmatch(module)}
         for module, factors in pairs.items():
             self._take_pair(module, factors, stacks)
         replaced = self._whole(whole)
-        both = sorted(self._changes.keys() & replaced.keys())
+        both = sorted(
+            name
+            for name in self._changes.keys() & replaced.keys()
+            if public_name(name) not in bases
+        )
         if both:
             raise self._refuse(f"both changes and replaces {listed(both)}")
         return Adapter(self._changes, replaced, self._settings.base)
@@ -129,7 +143,7 @@ class _Reading:
         if module in stacks:
             self._take_stack(module, down, up, stacks)
         else:
-            if self._config.tie_embeddings and module in ("lm_head", "model.embed_tokens"):
+            if self._config.tie_embeddings and module in ("lm_head", EMBEDDING):
                 raise self._refuse(
                     f"changes {module} alone, but the model uses one matrix for both embedding and "
                     "head: it cannot be added to either"

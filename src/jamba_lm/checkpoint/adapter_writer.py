@@ -20,6 +20,7 @@ from jamba_lm.checkpoint.adapter import Adapter, LowRank
 from jamba_lm.checkpoint.adapter_config import NAME
 from jamba_lm.checkpoint.adapter_names import (
     DOWN,
+    EMBEDDING,
     EXPERT,
     GATE_UP,
     PARAMETERS,
@@ -116,6 +117,12 @@ def _module_of(own: str) -> str:
 
 
 def _factors(module: str, down: Tensor, up: Tensor) -> dict[str, Tensor]:
+    if module == EMBEDDING:
+        # For rows that are looked up, peft keeps the factors the other way round.
+        return {
+            f"{PREFIX}{module}.lora_embedding_A": up.t(),
+            f"{PREFIX}{module}.lora_embedding_B": down.t(),
+        }
     return {
         f"{PREFIX}{module}.lora_A.weight": down,
         f"{PREFIX}{module}.lora_B.weight": up,

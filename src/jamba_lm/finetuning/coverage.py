@@ -15,7 +15,7 @@ from torch import Tensor
 from jamba_lm.data import PackedBatch
 from jamba_lm.errors import RecipeError
 from jamba_lm.finetuning.linears import LEAVES
-from jamba_lm.finetuning.low_rank import LowRankLinear, adapters
+from jamba_lm.finetuning.low_rank import LowRankModule, adapters
 from jamba_lm.model.batch import Batch
 from jamba_lm.model.decoder import Decoder
 from jamba_lm.quantization.linear import PackedEmbedding, PackedLinear
@@ -64,7 +64,7 @@ def shares(decoder: Decoder) -> list[Share]:
         share.trained += trained
 
     for path, module in decoder.named_modules():
-        if isinstance(module, LowRankLinear):
+        if isinstance(module, LowRankModule):
             trained = module.lora_A.weight.numel() + module.lora_B.weight.numel()
             outputs, inputs = module.lora_B.weight.shape[0], module.lora_A.weight.shape[1]
             count(path, _part_of(path), outputs * inputs, True, trained)
@@ -87,7 +87,7 @@ def shares(decoder: Decoder) -> list[Share]:
 def _is_adapted(decoder: Decoder, path: str) -> bool:
     while path.endswith((".base", ".packed")):
         path = path.rpartition(".")[0]
-        if isinstance(decoder.get_submodule(path), LowRankLinear):
+        if isinstance(decoder.get_submodule(path), LowRankModule):
             return True
     return False
 

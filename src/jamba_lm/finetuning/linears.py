@@ -1,4 +1,4 @@
-"""The linear modules of a decoder by what they are for, and which of them a recipe means.
+"""The matrices of a decoder by what they are for, and which of them a recipe means.
 
 Knows names and shapes, and nothing of adapters.
 """
@@ -20,18 +20,20 @@ LEAVES = {
     "mlp": ("gate_proj", "up_proj", "down_proj"),
     "experts": ("gate_proj", "up_proj", "down_proj"),
     "router": ("router",),
+    "embedding": ("embedding",),
 }
-# A router that moves changes which expert learned what: it is trained when asked for only.
+# Trained when asked for only: a router that moves changes which expert learned what, and new values
+# of the embedding are those of the few tokens that were read.
 USUAL = ("attention", "mamba", "mlp", "experts")
 
 
 @dataclass(frozen=True, slots=True)
 class LinearPlace:
-    """One linear module inside a layer.
+    """One linear module inside a layer, or the embedding: linear in which token it is.
 
     Attributes:
         path: its name in the decoder.
-        layer: which layer it is in.
+        layer: which layer it is in; None for the embedding.
         kind: one of `LEAVES`.
         leaf: the last part of its name.
         outputs: of its matrix.
@@ -39,7 +41,7 @@ class LinearPlace:
     """
 
     path: str
-    layer: int
+    layer: int | None
     kind: str
     leaf: str
     outputs: int
@@ -50,14 +52,22 @@ class LinearPlace:
         """Values of its matrix."""
         return self.outputs * self.inputs
 
+    @property
+    def part(self) -> str:
+        """What a table calls it and its like in other layers."""
+        return self.kind if self.kind == self.leaf else f"{self.kind}.{self.leaf}"
+
     def is_meant(self, target: str) -> bool:
         """Say whether "experts", "gate_proj" or "experts.gate_proj" means this one."""
         return target in (self.kind, self.leaf, f"{self.kind}.{self.leaf}")
 
 
 def linear_places(decoder: Decoder) -> list[LinearPlace]:
-    """List the linear modules of all layers, in order."""
+    """List the matrices that may have an adapter, in order: an embedding that is no head, too."""
     places = []
+    if not decoder.config.tie_embeddings:
+        outputs, inputs = decoder.embedding.weight.shape
+        places.append(LinearPlace("embedding", None, "embedding", "embedding", outputs, inputs))
     for path, module in decoder.named_modules():
         if not path.startswith("blocks.") or not isinstance(module, nn.Linear | PackedLinear):
             continue
@@ -81,6 +91,7 @@ def known_targets() -> list[str]:
     """List everything that may be a target."""
     leaves = [leaf for some in LEAVES.values() for leaf in some]
     pairs = [f"{kind}.{leaf}" for kind, some in LEAVES.items() for leaf in some]
+    pairs = [pair for pair in pairs if len(set(pair.split("."))) == 2]
     return list(dict.fromkeys([*LEAVES, *leaves, *pairs]))
 
 
@@ -92,8 +103,14 @@ def chosen_places(decoder: Decoder, targets: Sequence[str]) -> list[LinearPlace]
     """
     places = linear_places(decoder)
     for target in targets:
+        if target == "embedding" and decoder.config.tie_embeddings:
+            raise RecipeError(
+                "adapter.targets names 'embedding', and this model uses one matrix for embedding "
+                "and head: an adapter would change the one and not the other; leave it out, or "
+                "train all weights (no [adapter] section)"
+            )
         if not any(place.is_meant(target) for place in places):
-            there = sorted({f"{place.kind}.{place.leaf}" for place in places})
+            there = sorted({place.part for place in places})
             raise RecipeError(
                 f"adapter.targets names {target!r}, and this model has none: an adapter there "
                 f"would never get a gradient; it has {', '.join(there)}"

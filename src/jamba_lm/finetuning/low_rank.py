@@ -1,8 +1,8 @@
-"""Adapters as modules around a decoder's linear ones: put in, drawn, and taken out again.
+"""Adapters as modules around a decoder's own: put in, drawn, and taken out again.
 
 A rewrite of a finished decoder, which does not know of it. Knows no data and no optimizer.
 
-O outputs, I inputs, R rank.
+O outputs, I inputs, R rank, V vocabulary, D model width.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from jamba_lm.checkpoint.adapter import Adapter, LowRank
@@ -21,8 +22,8 @@ from jamba_lm.model.decoder import Decoder
 from jamba_lm.quantization.linear import PackedLinear
 
 
-class LowRankLinear(nn.Module):
-    """y = base(x) + scale * lora_B(lora_A(dropout(x))).
+class LowRankModule(nn.Module):
+    """A module whose matrix W is W + scale * lora_B lora_A.
 
     Attributes:
         base: what is adapted; not trained.
@@ -47,6 +48,18 @@ class LowRankLinear(nn.Module):
         self.dropout = dropout
         self.draw = 0
 
+    def draw_values(self, draw: torch.Generator) -> None:
+        """Take first values, float32, as peft draws them: lora_A within 1 / sqrt(inputs)."""
+        rank, inputs = self.lora_A.weight.shape
+        bound = 1.0 / math.sqrt(inputs)
+        down_RI = torch.empty(rank, inputs).uniform_(-bound, bound, generator=draw)
+        self.lora_A.weight = nn.Parameter(down_RI)
+        self.lora_B.weight = nn.Parameter(torch.zeros(self.lora_B.weight.shape))
+
+
+class LowRankLinear(LowRankModule):
+    """y = base(x) + scale * lora_B(lora_A(dropout(x)))."""
+
     def forward(self, x: Tensor) -> Tensor:
         """Return a tensor (..., O) in the dtype of `x`, which is (..., I)."""
         seen = x
@@ -58,6 +71,23 @@ class LowRankLinear(nn.Module):
         draw = torch.Generator().manual_seed(self.draw)
         kept = torch.rand(x.shape, generator=draw) >= self.dropout
         return kept.to(x.dtype).div_(1.0 - self.dropout).to(x.device)
+
+
+class LowRankEmbedding(LowRankModule):
+    """An embedding whose matrix [V, D] has a change: O is V and I is D.
+
+    Nothing is dropped: there is no input but the token, as in peft.
+    """
+
+    def forward(self, ids_M: Tensor) -> Tensor:
+        """Return the embeddings (M, D)."""
+        change_MR = F.embedding(ids_M, self.lora_B.weight)
+        return torch.add(self.base(ids_M), change_MR @ self.lora_A.weight, alpha=self.scale)
+
+    def draw_values(self, draw: torch.Generator) -> None:
+        """Take first values, float32, as peft draws them: lora_A is normal."""
+        super().draw_values(draw)
+        self.lora_A.weight.data.normal_(generator=draw)
 
 
 class ThroughPacked(nn.Module):
@@ -106,32 +136,26 @@ def insert(
     decoder.requires_grad_(False)
     for place in places:
         base = decoder.get_submodule(place.path)
-        adapted = LowRankLinear(
+        kind = LowRankEmbedding if isinstance(base, nn.Embedding) else LowRankLinear
+        adapted = kind(
             base, place.inputs, place.outputs, rank=rank, scale=scale, dropout=dropout
         )
         _replace(decoder, place.path, adapted)
 
 
 def draw_values(decoder: Decoder, seed: int) -> None:
-    """Give every adapter its first values, float32, the same for the same seed.
-
-    lora_A is uniform within 1 / sqrt(inputs), as peft draws it; lora_B is zero.
-    """
+    """Give every adapter its first values, float32, the same for the same seed."""
     draw = torch.Generator().manual_seed(seed)
     for _, module in adapters(decoder):
-        rank, inputs = module.lora_A.weight.shape
-        bound = 1.0 / math.sqrt(inputs)
-        down_RI = torch.empty(rank, inputs).uniform_(-bound, bound, generator=draw)
-        module.lora_A.weight = nn.Parameter(down_RI)
-        module.lora_B.weight = nn.Parameter(torch.zeros(module.lora_B.weight.shape))
+        module.draw_values(draw)
 
 
-def adapters(decoder: Decoder) -> list[tuple[str, LowRankLinear]]:
+def adapters(decoder: Decoder) -> list[tuple[str, LowRankModule]]:
     """List the adapters of a decoder with the paths of the modules that they are around."""
     return [
         (path, module)
         for path, module in decoder.named_modules()
-        if isinstance(module, LowRankLinear)
+        if isinstance(module, LowRankModule)
     ]
 
 
