@@ -33,11 +33,7 @@ def gradient_of(recipe: Recipe, batches: list[PackedBatch], cache: Path) -> dict
     """Return the gradient that a step along `batches` would take, by parameter."""
     learner = Learner(recipe, None, cache)
     learner.gradients(batches)
-    optimizer = learner.optimizer
-    return {
-        one.name: optimizer._gradient[one.first : one.end].view(one.shape)
-        for one in optimizer._slices
-    }
+    return learner.optimizer.gradients()
 
 
 def packed_pieces(recipe: Recipe, cache: Path) -> PackedBatch:

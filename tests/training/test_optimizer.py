@@ -84,6 +84,45 @@ def test_gradients_of_several_passes_are_summed_and_cleared():
     assert twice == pytest.approx(2 * once)
 
 
+@pytest.mark.parametrize("values", [100, shards.SHARD_VALUES])
+@pytest.mark.parametrize("last", [True, False])
+def test_when_gradients_are_added_up_changes_no_bit(monkeypatch, values, last):
+    """Two passes at the same time, each followed by a third one, in one order of adding."""
+    monkeypatch.setattr(shards, "SHARD_VALUES", values)
+    decoder, other = tiny_decoder(), tiny_decoder()
+    optimizer = MasterAdamW(decoder, OptimizerSection())
+    optimizer.share_out([other], shards.one_by_one)
+    expected = {name: torch.zeros_like(one) for name, one in decoder.named_parameters()}
+    skipped = "blocks.0.mixer.in_proj.weight"
+    for seed, models in enumerate([(decoder, other), (decoder,)]):
+        for number, model in enumerate(models):
+            give_gradients(model, 10 * seed + number)
+            if seed == 0:
+                model.get_parameter(skipped).grad = None
+            for name, one in model.named_parameters():
+                if one.grad is not None:
+                    expected[name] += one.grad
+        optimizer.collect(len(models), last=last)
+        assert all(one.grad is None for model in models for one in model.parameters())
+    found = optimizer.gradients()
+    assert all(torch.equal(found[name], one) for name, one in expected.items())
+    norm = torch.cat([one.flatten() for one in expected.values()]).norm().item()
+    assert optimizer.step(0.0) == pytest.approx(norm, rel=1e-5)
+
+
+def test_an_expert_that_no_row_was_sent_to_has_a_gradient_of_zero():
+    decoder = tiny_decoder()
+    optimizer = MasterAdamW(decoder, OptimizerSection())
+    give_gradients(decoder, 0)
+    optimizer.collect()
+    optimizer.step(0.01)
+    give_gradients(decoder, 1)
+    name = "blocks.0.mixer.in_proj.weight"
+    decoder.get_parameter(name).grad = None
+    optimizer.collect()
+    assert optimizer.gradients()[name].count_nonzero() == 0
+
+
 def test_the_norm_is_told_for_each_parameter_and_for_all(monkeypatch):
     monkeypatch.setattr(shards, "SHARD_VALUES", 100)
     decoder = tiny_decoder()

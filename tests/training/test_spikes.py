@@ -127,7 +127,7 @@ def test_a_gradient_that_is_not_finite_ends_the_run_or_is_skipped(
     def gradients(self, batches, **named):
         done = own(self, batches, **named)
         if self.progress.steps_done == 2:
-            self.optimizer._gradient[0] = math.inf
+            self.optimizer._waiting[0][0][0] = math.inf
         return done
 
     monkeypatch.setattr(Learner, "gradients", gradients)
@@ -143,7 +143,7 @@ def test_spikes_without_end_end_the_run(recipe_path, tmp_path, monkeypatch):
     def gradients(self, batches, **named):
         done = own(self, batches, **named)
         if self.progress.steps_done == 5:
-            self.optimizer._gradient[0] = math.inf
+            self.optimizer._waiting[0][0][0] = math.inf
         return done
 
     monkeypatch.setattr(Learner, "gradients", gradients)

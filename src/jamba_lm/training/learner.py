@@ -258,12 +258,13 @@ class Learner:
                 (done + first + worker, worker, rows)
                 for worker, rows in enumerate(work[first : first + size])
             ]
-            self._model.announce_pass(last=first + size >= len(work))
+            last = first + size >= len(work)
+            self._model.announce_pass(last=last)
             passes += self._workers.run(
                 lambda decoder, item: self._passes.backward(decoder, item, share, watch=watch),
                 together,
             )
-            self.optimizer.collect(len(together))
+            self.optimizer.collect(len(together), last=last)
         losses = self._losses(passes)
         if not watch:
             return Gradients(int(num_rows), losses, {}, {})

@@ -2,11 +2,12 @@
 
 Knows hidden states, output weights and targets; nothing of models and data.
 
-M rows, D model width, V vocabulary.
+M rows, D model width, V vocabulary, or the part of it that is held here.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +19,32 @@ from jamba_lm.kernels import ops
 
 # Rows whose logits exist at one time: 128 MiB in float32 for a vocabulary of 65,536.
 CHUNK_ROWS = 512
+
+
+Join = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
+"""Takes, by row and over the part of the vocabulary here, the largest logit, the sum of
+exp(logit - largest) and the target's logit (zero where another part has the target); returns the
+three over the whole vocabulary."""
+
+
+def _alone(largest_M: Tensor, sum_M: Tensor, target_M: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    return largest_M, sum_M, target_M
+
+
+@dataclass(frozen=True, slots=True)
+class VocabularyPart:
+    """Which part of the vocabulary the output weights are of.
+
+    Attributes:
+        first: the token of the first row.
+        join: puts parts together.
+    """
+
+    first: int = 0
+    join: Join = _alone
+
+
+WHOLE = VocabularyPart()
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +71,11 @@ def summed_cross_entropy(hidden_MD: Tensor, weight_VD: Tensor, targets_M: Tensor
 
 
 def summed_losses(
-    hidden_MD: Tensor, weight_VD: Tensor, targets_M: Tensor, z_coef: float = 0.0
+    hidden_MD: Tensor,
+    weight_VD: Tensor,
+    targets_M: Tensor,
+    z_coef: float = 0.0,
+    part: VocabularyPart = WHOLE,
 ) -> SummedLosses:
     """Return the summed cross entropy of softmax(hidden weight^T), and the z-loss beside it.
 
@@ -58,9 +89,11 @@ def summed_losses(
         targets_M: the token to predict. Where most rows predict nothing, as in answers behind long
             prompts, no logits are made for these.
         z_coef: of the squares, which keep the softmax's normaliser near one.
+        part: of the vocabulary, when `weight_VD` is not all of it.
 
     Returns:
-        `total` is differentiable in `hidden_MD` and `weight_VD`.
+        `total` is differentiable in `hidden_MD` and `weight_VD`; with a part, the gradient of the
+        states is this part's share of it.
 
     Source: z-loss: PaLM (arXiv 2204.02311), §5.
     """
@@ -68,13 +101,19 @@ def summed_losses(
     if 2 * int(counted.sum()) < len(targets_M):
         hidden_MD, targets_M = hidden_MD[counted], targets_M[counted]
     apply = _SummedLosses.apply
-    return SummedLosses(*apply(hidden_MD, weight_VD, targets_M, z_coef))  # type: ignore[no-untyped-call]
+    sums = apply(hidden_MD, weight_VD, targets_M, z_coef, part)  # type: ignore[no-untyped-call]
+    return SummedLosses(*sums)
 
 
 class _SummedLosses(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden_MD: Tensor, weight_VD: Tensor, targets_M: Tensor, z_coef: float
+        ctx: Any,
+        hidden_MD: Tensor,
+        weight_VD: Tensor,
+        targets_M: Tensor,
+        z_coef: float,
+        part: VocabularyPart,
     ) -> tuple[Tensor, Tensor, Tensor]:
         wanted, weight_wanted = any(ctx.needs_input_grad[:2]), ctx.needs_input_grad[1]
         entropy = hidden_MD.new_zeros((), dtype=torch.float32)
@@ -86,13 +125,15 @@ class _SummedLosses(torch.autograd.Function):
             weight_gradient_VD = torch.zeros(
                 num_rows, weight_VD.shape[1], dtype=torch.float32, device=weight_VD.device
             )
+        last_column = len(weight_VD) - 1
         for first in range(0, len(targets_M), CHUNK_ROWS):
             rows = slice(first, first + CHUNK_ROWS)
             counted_M = (targets_M[rows] != IGNORED).float()
-            column_M1 = targets_M[rows].clamp_min(0)[:, None]
+            column_M = targets_M[rows] - part.first
+            here_M = ((column_M >= 0) & (column_M <= last_column)).float()
             scores_MV = hidden_MD[rows] @ weight_VD.T
-            target_M = scores_MV.gather(1, column_M1)[:, 0].float()
-            largest_M, sum_M = ops.softmax_sums(scores_MV)
+            target_M = scores_MV.gather(1, column_M.clamp(0, last_column)[:, None])[:, 0].float()
+            largest_M, sum_M, target_M = part.join(*ops.softmax_sums(scores_MV), here_M * target_M)
             z_M = sum_M.log() + largest_M
             entropy += (counted_M * (z_M - target_M)).sum()
             squares += (counted_M * z_M.square()).sum()
@@ -101,7 +142,7 @@ class _SummedLosses(torch.autograd.Function):
                 share_M = counted_M / sum_M
                 if z_coef:
                     share_M *= 1.0 + 2.0 * z_coef * z_M
-                slope_MV = ops.softmax_slopes_(scores_MV, largest_M, share_M, targets_M[rows])
+                slope_MV = ops.softmax_slopes_(scores_MV, largest_M, share_M, column_M)
                 hidden_gradient_MD[rows] = slope_MV @ weight_VD
                 if weight_wanted:
                     weight_gradient_VD += slope_MV.T @ hidden_MD[rows]
@@ -113,12 +154,13 @@ class _SummedLosses(torch.autograd.Function):
         return entropy + z_coef * squares, entropy, squares
 
     @staticmethod
-    def backward(ctx: Any, *slopes: Tensor) -> tuple[Tensor, Tensor | None, None, None]:
+    def backward(ctx: Any, *slopes: Tensor) -> tuple[Tensor | None, ...]:
         hidden_gradient_MD, weight_gradient_VD = ctx.saved_tensors
         slope = slopes[0]
         return (
             hidden_gradient_MD * slope.to(hidden_gradient_MD.dtype),
             (weight_gradient_VD * slope).to(ctx.weight_dtype) if ctx.needs_input_grad[1] else None,
+            None,
             None,
             None,
         )

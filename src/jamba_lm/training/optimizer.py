@@ -23,8 +23,9 @@ from jamba_lm.training.recipe import OptimizerSection, ScheduleSection
 # What a training checkpoint calls the three float32 values that it keeps for each parameter.
 PARTS = ("master", "first_moment", "second_moment")
 
-# Values that are taken from their gradients to the rounded weights at one time: gradient, weight
-# and both moments (4 MiB together) then come from memory once a step, not once an operation.
+# Values that are taken from their gradients to the rounded weights at one time: weight and both
+# moments (3 MiB together) then come from memory once a step, not once an operation, and the sum of
+# the gradients (1 MiB) never leaves the cache.
 SHARD_VALUES = 1 << 18
 
 Spread = Callable[[Callable[[Any], Any], Sequence[Any]], list[Any]]
@@ -100,12 +101,16 @@ class _Shard:
 
 
 class MasterAdamW:
-    """AdamW whose weights, gradients and moments are float32, in one long vector each.
+    """AdamW whose weights and moments are float32, in one long vector each.
 
     The model's own parameters are rounded copies of the master weights: in bfloat16 a step of
     training is often smaller than the gap to the next number, and would be lost. The vectors are
     cut into shards that do not depend on who works on them, so that the number of threads changes
     no bit.
+
+    Gradients are added up in float32 too. The last ones of a step stay as the passes left them
+    until a shard is at hand: the optimizer only waits for memory, and a vector of sums would be
+    written once and read twice. Only passes before the last need one.
     """
 
     def __init__(self, decoder: Decoder, settings: OptimizerSection) -> None:
@@ -139,11 +144,14 @@ class MasterAdamW:
             )
         ]
         self._master = torch.cat([parameter.detach().float().flatten() for _, parameter in named])
-        self._gradient = torch.zeros_like(self._master)
         self._first = torch.zeros_like(self._master)
         self._second = torch.zeros_like(self._master)
         self._steps_done = 0
-        self._collected = False
+        # Of all passes but the last ones; made when there are any.
+        self._sum = torch.empty(0)
+        self._has_sum = False
+        # By pass and parameter, flat; an expert that no row was sent to has none.
+        self._waiting: list[list[Tensor | None]] = []
 
     def share_out(self, decoders: Sequence[Decoder], spread: Spread) -> None:
         """Keep more decoders at the same weights, and let `spread` share the work on shards out."""
@@ -153,53 +161,79 @@ class MasterAdamW:
         self._spread = spread
 
     @torch.no_grad()
-    def collect(self, count: int = 1) -> None:
-        """Add the gradients of the first `count` decoders to the float32 sum, and clear them.
+    def collect(self, count: int = 1, *, last: bool = True) -> None:
+        """Take the gradients of the first `count` decoders, which are then without.
 
-        They are added one after the other, so that the sum does not depend on how many decoders
+        They are added up one after the other, so that the sum does not depend on how many decoders
         the passes of a step were shared out over.
+
+        Args:
+            count: how many decoders have seen a pass since they were last asked.
+            last: no more will follow in this step; if some do, memory is all that is lost.
         """
-        # An expert that no row was sent to has none.
-        found = [
-            [None if one.grad is None else one.grad.reshape(-1) for one in parameters]
-            for parameters in self._copies[:count]
-        ]
-
-        def add(shard: _Shard) -> None:
-            for piece in shard.pieces:
-                part = slice(piece.start, piece.start + piece.end - piece.first)
-                sum_of, empty = self._gradient[piece.first : piece.end], not self._collected
-                for gradients in found:
-                    gradient = gradients[piece.parameter]
-                    if gradient is None:
-                        continue
-                    if empty:
-                        sum_of.copy_(gradient[part])
-                    else:
-                        sum_of.add_(gradient[part])
-                    empty = False
-                if empty:
-                    sum_of.zero_()
-
-        self._spread(add, self._shards)
-        self._collected = True
+        self._add_up_waiting()
         for parameters in self._copies[:count]:
+            self._waiting.append(
+                [None if one.grad is None else one.grad.reshape(-1) for one in parameters]
+            )
             for parameter in parameters:
                 parameter.grad = None
+        if not last:
+            self._add_up_waiting()
+
+    def _add_up_waiting(self) -> None:
+        """Put what waits into the vector of sums."""
+        if not self._waiting:
+            return
+        if not self._sum.numel():
+            self._sum = torch.empty_like(self._master)
+        self._spread(lambda shard: self._add_up(shard, self._sum[shard.all]), self._shards)
+        self._waiting, self._has_sum = [], True
+
+    def _add_up(self, shard: _Shard, total: Tensor) -> None:
+        """Add what waits for a shard to the sum of the passes before."""
+        origin = shard.pieces[0].first
+        for piece in shard.pieces:
+            part = slice(piece.start, piece.start + piece.end - piece.first)
+            sum_of, empty = total[piece.first - origin : piece.end - origin], not self._has_sum
+            for gradients in self._waiting:
+                gradient = gradients[piece.parameter]
+                if gradient is None:
+                    continue
+                if empty:
+                    sum_of.copy_(gradient[part])
+                else:
+                    sum_of.add_(gradient[part])
+                empty = False
+            if empty:
+                sum_of.zero_()
+
+    def _gradient(self, shard: _Shard) -> Tensor:
+        """Return the gradient of a shard, in a vector of its own."""
+        if self._has_sum:
+            gradient = self._sum[shard.all].clone()
+        else:
+            gradient = torch.empty_like(self._master[shard.all])
+        self._add_up(shard, gradient)
+        return gradient
 
     def forget(self) -> None:
         """Throw away what was collected for the step that is now not taken."""
-        self._collected = False
+        self._waiting, self._has_sum = [], False
+
+    @torch.no_grad()
+    def gradients(self) -> dict[str, Tensor]:
+        """Return the gradient collected so far, float32, by the name of the parameter."""
+        whole = torch.cat(self._spread(self._gradient, self._shards))
+        return {one.name: whole[one.first : one.end].view(one.shape) for one in self._slices}
 
     @torch.no_grad()
     def gradient_norms(self) -> dict[str, float]:
         """Return the norm of the collected gradient of each parameter, by its name."""
 
         def norms(shard: _Shard) -> list[Tensor]:
-            return [
-                torch.linalg.vector_norm(self._gradient[piece.first : piece.end])
-                for piece in shard.pieces
-            ]
+            pieces = self._gradient(shard).split([one.end - one.first for one in shard.pieces])
+            return [torch.linalg.vector_norm(piece) for piece in pieces]
 
         squares = [0.0] * len(self._slices)
         for shard, found in zip(self._shards, self._spread(norms, self._shards), strict=True):
@@ -231,7 +265,7 @@ class MasterAdamW:
 
         def move(shard: _Shard) -> None:
             part = shard.all
-            gradient = self._gradient[part]
+            gradient = self._gradient(shard)
             if shrink != 1.0:
                 gradient.mul_(shrink)
             adamw(
@@ -254,7 +288,7 @@ class MasterAdamW:
 
         self._spread(move, self._shards)
         self._steps_done += 1
-        self._collected = False
+        self.forget()
         return norm
 
     def _round(self, shard: _Shard) -> None:
@@ -293,7 +327,7 @@ class MasterAdamW:
         for name, value in tensors.items():
             own[name].copy_(value)
         self._steps_done = steps_done
-        self._collected = False
+        self.forget()
         with torch.no_grad():
             self._spread(self._round, self._shards)
 

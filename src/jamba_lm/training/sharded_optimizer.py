@@ -50,7 +50,7 @@ class ShardedAdamW:
         ]
         self._steps_done = 0
 
-    def collect(self, count: int = 1) -> None:
+    def collect(self, count: int = 1, *, last: bool = True) -> None:
         """Do nothing: gradients are added up where they arise."""
 
     def forget(self) -> None:

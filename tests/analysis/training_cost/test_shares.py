@@ -47,10 +47,11 @@ def test_one_rank_holds_the_whole_model(config: JambaConfig):
     assert held_values(rank) == parameter_counts(config).total
 
 
+@pytest.mark.parametrize("passes", [1, 3])
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 @pytest.mark.parametrize("config", [SMALL, SMALL.replace(tie_embeddings=True, num_experts=1)])
 def test_weights_gradients_and_moments_are_those_of_a_real_model_to_the_byte(
-    config: JambaConfig, dtype: str
+    config: JambaConfig, dtype: str, passes: int
 ):
     with torch.device("meta"):
         decoder = Decoder(config)
@@ -59,13 +60,18 @@ def test_weights_gradients_and_moments_are_those_of_a_real_model_to_the_byte(
     decoder.to({"fp32": torch.float32, "bf16": torch.bfloat16}[dtype])
     width = {"fp32": 4, "bf16": 2}[dtype]
     memory, _ = rank_memory(
-        Rank(config, ParallelLayout(), Pass(sequences=1, tokens=8, width=width))
+        Rank(config, ParallelLayout(), Pass(sequences=1, tokens=8, width=width)), passes
     )
+    for number in range(passes):
+        for one in decoder.parameters():
+            one.grad = torch.zeros_like(one)
+        optimizer.collect(last=number == passes - 1)
     weights = sum(one.nbytes for one in decoder.parameters())
     assert memory.parameters == weights
     assert memory.optimizer == sum(one.nbytes for one in optimizer.tensors().values())
-    # The sum over passes, float32, and what a pass leaves in .grad.
-    assert memory.gradients == 4 * sum(one.numel() for one in decoder.parameters()) + weights
+    # What the last pass left, and the sum of those before it.
+    waiting = sum(one.nbytes for pass_ in optimizer._waiting for one in pass_)
+    assert memory.gradients == waiting + optimizer._sum.nbytes
     assert memory.gathered == memory.buffers == 0
 
 

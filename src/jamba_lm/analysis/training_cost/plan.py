@@ -100,6 +100,12 @@ def token_flops(run: Run) -> dict[str, Flops]:
     return flops_per_token(Rank(run.config, ParallelLayout(), work))
 
 
+def passes_of(rank: Rank, run: Run) -> int:
+    """Return how many passes a rank makes in a step, one after the other."""
+    together = rank.mesh.num_readers * rank.work.sequences
+    return run.batch_tokens // (together * run.sequence_tokens)
+
+
 @dataclass(frozen=True, slots=True)
 class Candidate:
     """A way to carry out a run, before anybody has timed it.
@@ -116,8 +122,7 @@ class Candidate:
 
     def timed(self, run: Run) -> TrainingPlan:
         """Predict how fast it is."""
-        work, mesh = self.rank.work, self.rank.mesh
-        passes = run.batch_tokens // (mesh.num_readers * work.sequences * run.sequence_tokens)
+        passes = passes_of(self.rank, run)
         time = step_time(self.rank, run.device, passes, run.device.others.value)
         return TrainingPlan(
             rank=self.rank, memory=self.memory, activations=self.activations, time=time, run=run
@@ -135,7 +140,8 @@ def candidate(run: Run, mesh: ParallelLayout, *, sequences: int, recompute: bool
     """
     work = Pass(sequences=sequences, tokens=run.sequence_tokens, recompute=recompute)
     rank = Rank(run.config, mesh, work)
-    return Candidate(rank, *rank_memory(rank, reserve_bytes(run.device)))
+    passes = passes_of(rank, run)
+    return Candidate(rank, *rank_memory(rank, passes, reserve_bytes(run.device)))
 
 
 def check_run(run: Run) -> None:

@@ -25,8 +25,8 @@ class RankMemory:
     Attributes:
         parameters: in the type that is computed with, on one rank. On several, the float32 shards
             are rounded when they are gathered.
-        gradients: float32 sums over the passes of a step: of this rank's shards. On one rank, also
-            the gradient of one pass.
+        gradients: float32 sums over the passes of a step: of this rank's shards. On one rank the
+            gradient of one pass, and sums only when a step has several.
         optimizer: float32 master weights and two moments.
         gathered: whole weights and gradients of the layers that run, and of embedding and head.
         activations: see `activations`; without `logits`.
@@ -50,11 +50,12 @@ class RankMemory:
         return sum(getattr(self, one.name) for one in fields(self))
 
 
-def rank_memory(rank: Rank, reserve: int = 0) -> tuple[RankMemory, Activations]:
+def rank_memory(rank: Rank, passes: int, reserve: int = 0) -> tuple[RankMemory, Activations]:
     """Add up the memory of the rank with the most, and say what its activations are.
 
     Args:
         rank: a share of the shape.
+        passes: that it makes in a step, one after the other.
         reserve: bytes that nobody can use.
     """
     shares, kept = rank_shares(rank.config, rank.mesh), pass_activations(rank)
@@ -64,7 +65,7 @@ def rank_memory(rank: Rank, reserve: int = 0) -> tuple[RankMemory, Activations]:
     own = _bytes(shares, w, lambda one: one.held) if alone else 0
     memory = RankMemory(
         parameters=own,
-        gradients=held * FLOAT + own,
+        gradients=own + (0 if alone and passes == 1 else held * FLOAT),
         optimizer=3 * held * FLOAT,
         gathered=0 if alone else _gathered(rank, shares),
         activations=kept.total - kept.logits if kept.logits > kept.again else kept.total,
