@@ -137,9 +137,7 @@ def insert(
     for place in places:
         base = decoder.get_submodule(place.path)
         kind = LowRankEmbedding if isinstance(base, nn.Embedding) else LowRankLinear
-        adapted = kind(
-            base, place.inputs, place.outputs, rank=rank, scale=scale, dropout=dropout
-        )
+        adapted = kind(base, place.inputs, place.outputs, rank=rank, scale=scale, dropout=dropout)
         _replace(decoder, place.path, adapted)
 
 
