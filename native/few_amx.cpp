@@ -11,47 +11,47 @@ namespace {
 
 // Sums of one tile of outputs with GROUPS times FEW rows, in two chains that do not wait for each
 // other: [group][chain][TILE_WORDS].
-#define JAMBA_FEW_SUMS(NAME, PRODUCT)                                                \
-  template <int GROUPS>                                                              \
-  inline void NAME(const char *weights, int64_t stride, const uint32_t *const *rows, \
-                   uint32_t (*sums)[2][TILE_WORDS]) {                                \
-    _tile_zero(0);                                                                   \
-    _tile_zero(1);                                                                   \
-    _tile_zero(2);                                                                   \
-    _tile_zero(3);                                                                   \
-    const int64_t depth = stride / ROW_BYTES;                                        \
-    int64_t d = 0;                                                                   \
-    for (; d + 2 <= depth; d += 2) {                                                 \
-      fetch_rows(weights, stride, d * ROW_BYTES + AHEAD);                            \
-      _tile_loadd(4, weights + d * ROW_BYTES, stride);                               \
-      _tile_loadd(6, rows[0] + d * TILE_WORDS, ROW_BYTES);                           \
-      PRODUCT(0, 4, 6);                                                              \
-      _tile_loadd(5, weights + (d + 1) * ROW_BYTES, stride);                         \
-      _tile_loadd(7, rows[0] + (d + 1) * TILE_WORDS, ROW_BYTES);                     \
-      PRODUCT(1, 5, 7);                                                              \
-      if (GROUPS > 1) {                                                              \
-        _tile_loadd(6, rows[GROUPS - 1] + d * TILE_WORDS, ROW_BYTES);                \
-        PRODUCT(2, 4, 6);                                                            \
-        _tile_loadd(7, rows[GROUPS - 1] + (d + 1) * TILE_WORDS, ROW_BYTES);          \
-        PRODUCT(3, 5, 7);                                                            \
-      }                                                                              \
-    }                                                                                \
-    if (d < depth) {                                                                 \
-      fetch_rows(weights, stride, d * ROW_BYTES + AHEAD);                            \
-      _tile_loadd(4, weights + d * ROW_BYTES, stride);                               \
-      _tile_loadd(6, rows[0] + d * TILE_WORDS, ROW_BYTES);                           \
-      PRODUCT(0, 4, 6);                                                              \
-      if (GROUPS > 1) {                                                              \
-        _tile_loadd(7, rows[GROUPS - 1] + d * TILE_WORDS, ROW_BYTES);                \
-        PRODUCT(2, 4, 7);                                                            \
-      }                                                                              \
-    }                                                                                \
-    _tile_stored(0, sums[0][0], ROW_BYTES);                                          \
-    _tile_stored(1, sums[0][1], ROW_BYTES);                                          \
-    if (GROUPS > 1) {                                                                \
-      _tile_stored(2, sums[GROUPS - 1][0], ROW_BYTES);                               \
-      _tile_stored(3, sums[GROUPS - 1][1], ROW_BYTES);                               \
-    }                                                                                \
+#define JAMBA_FEW_SUMS(NAME, PRODUCT)                                              \
+  template <int GROUPS>                                                            \
+  inline void NAME(const char *weights, const char *after, int64_t stride,         \
+                   const uint32_t *const *rows, uint32_t (*sums)[2][TILE_WORDS]) { \
+    _tile_zero(0);                                                                 \
+    _tile_zero(1);                                                                 \
+    _tile_zero(2);                                                                 \
+    _tile_zero(3);                                                                 \
+    const int64_t depth = stride / ROW_BYTES;                                      \
+    int64_t d = 0;                                                                 \
+    for (; d + 2 <= depth; d += 2) {                                               \
+      fetch_rows(weights, after, stride, d * ROW_BYTES + AHEAD);                   \
+      _tile_loadd(4, weights + d * ROW_BYTES, stride);                             \
+      _tile_loadd(6, rows[0] + d * TILE_WORDS, ROW_BYTES);                         \
+      PRODUCT(0, 4, 6);                                                            \
+      _tile_loadd(5, weights + (d + 1) * ROW_BYTES, stride);                       \
+      _tile_loadd(7, rows[0] + (d + 1) * TILE_WORDS, ROW_BYTES);                   \
+      PRODUCT(1, 5, 7);                                                            \
+      if (GROUPS > 1) {                                                            \
+        _tile_loadd(6, rows[GROUPS - 1] + d * TILE_WORDS, ROW_BYTES);              \
+        PRODUCT(2, 4, 6);                                                          \
+        _tile_loadd(7, rows[GROUPS - 1] + (d + 1) * TILE_WORDS, ROW_BYTES);        \
+        PRODUCT(3, 5, 7);                                                          \
+      }                                                                            \
+    }                                                                              \
+    if (d < depth) {                                                               \
+      fetch_rows(weights, after, stride, d * ROW_BYTES + AHEAD);                   \
+      _tile_loadd(4, weights + d * ROW_BYTES, stride);                             \
+      _tile_loadd(6, rows[0] + d * TILE_WORDS, ROW_BYTES);                         \
+      PRODUCT(0, 4, 6);                                                            \
+      if (GROUPS > 1) {                                                            \
+        _tile_loadd(7, rows[GROUPS - 1] + d * TILE_WORDS, ROW_BYTES);              \
+        PRODUCT(2, 4, 7);                                                          \
+      }                                                                            \
+    }                                                                              \
+    _tile_stored(0, sums[0][0], ROW_BYTES);                                        \
+    _tile_stored(1, sums[0][1], ROW_BYTES);                                        \
+    if (GROUPS > 1) {                                                              \
+      _tile_stored(2, sums[GROUPS - 1][0], ROW_BYTES);                             \
+      _tile_stored(3, sums[GROUPS - 1][1], ROW_BYTES);                             \
+    }                                                                              \
   }
 
 JAMBA_FEW_SUMS(sum_halves, _tile_dpbf16ps)
@@ -182,7 +182,8 @@ inline void sum_nibbles(const FewProduct &p, int64_t output, const uint32_t *con
                         const float *const *group_sums, Found *found) {
   const jamba_matrix &matrix = p.matrix;
   const int64_t stride = matrix.I / 2, groups = matrix.I / matrix.group;
-  const char *const weights = (const char *)matrix.values + output * stride;
+  const char *const weights = weights_of(matrix, output);
+  const char *const after = weights_after(p, output, TILE);
   // Groups of one tile.
   const int halves = matrix.group == 32 ? 2 : 1;
   const __m256i low = _mm256_set1_epi8(15);
@@ -200,7 +201,7 @@ inline void sum_nibbles(const FewProduct &p, int64_t output, const uint32_t *con
     for (int64_t step = 0; step < pairs + 2; step++) {
       if (step < pairs) {
         const int64_t tile = first_tile + 2 * step;
-        if (step % 2 == 0) fetch_rows(weights, stride, tile * 32 + AHEAD);
+        if (step % 2 == 0) fetch_rows(weights, after, stride, tile * 32 + AHEAD);
         for (int t = 0; t < 2 && 2 * step + t < tiles; t++) {
           const char *from = weights + (tile + t) * 32;
           for (int o = 0; o < TILE; o++) {
@@ -274,9 +275,9 @@ inline void find(const FewProduct &p, int64_t output, const int64_t *group, Foun
   }
   alignas(64) uint32_t sums[GROUPS][2][TILE_WORDS];
   const bool halves = matrix.kind == JAMBA_BF16;
-  const int64_t stride = matrix.I * (halves ? 2 : 1);
-  const char *weights = (const char *)matrix.values + output * stride;
-  (halves ? sum_halves<GROUPS> : sum_bytes<GROUPS>)(weights, stride, rows, sums);
+  (halves ? sum_halves<GROUPS> : sum_bytes<GROUPS>)(weights_of(matrix, output),
+                                                    weights_after(p, output, TILE),
+                                                    bytes_of_row(matrix), rows, sums);
   for (int r = 0; r < GROUPS; r++) found[r] = halves ? from_halves(sums[r]) : from_bytes(sums[r]);
 }
 

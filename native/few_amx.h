@@ -11,9 +11,9 @@ constexpr int ROW_BYTES = 64;
 // does not see that many sequences by itself.
 constexpr int64_t AHEAD = 384;
 
-// Has two lines of each of sixteen rows fetched, of these outputs or of the next sixteen.
-static inline void fetch_rows(const char *weights, int64_t stride, int64_t at) {
-  const char *p = at < stride ? weights + at : weights + TILE * stride + (at - stride);
+// Has two lines of each of sixteen rows fetched, of these outputs or of those read `after` them.
+static inline void fetch_rows(const char *weights, const char *after, int64_t stride, int64_t at) {
+  const char *p = at < stride ? weights + at : after + (at - stride);
   for (int64_t row = 0; row < TILE; row++, p += stride) {
     __builtin_prefetch(p, 0, 3);
     __builtin_prefetch(p + 64, 0, 3);

@@ -126,7 +126,8 @@ template <int ROWS, int SLOTS>
 void sum_apart(const FewProduct &p, int64_t output, float (*found)[TILE]) {
   const jamba_matrix &matrix = p.matrix;
   const int64_t stride = matrix.I / 2, groups = matrix.I / matrix.group;
-  const char *const weights = (const char *)matrix.values + output * stride;
+  const char *const weights = weights_of(matrix, output);
+  const char *const after = weights_after(p, output, TILE);
   // Groups of a tile, and tiles of a block of as many groups as a row has columns.
   const int64_t of_tile = matrix.group == 32 ? 2 : 1, of_block = SLOTS / of_tile;
   Added<ROWS> added;
@@ -147,7 +148,7 @@ void sum_apart(const FewProduct &p, int64_t output, float (*found)[TILE]) {
     for (int64_t turn = 0; turn < num_turns + 2; turn++) {
       if (turn < num_turns) {
         const int64_t tile = first_tile + turn * TILES_OF_TURN;
-        fetch_rows(weights, stride, tile * 32 + AHEAD);
+        fetch_rows(weights, after, stride, tile * 32 + AHEAD);
         const int64_t end = std::min(TILES_OF_TURN, tiles - turn * TILES_OF_TURN);
         for (int64_t t = 0; t < end; t++) {
           unpack(weights + (tile + t) * 32, stride, turns.bytes[turn % 2][t]);

@@ -46,7 +46,28 @@ struct FewProduct {
   int64_t count;
   float *y;  // y[i][o - first] = W[o] . x[rows[i]] + bias[o]
   int64_t y_stride;
+  const void *next;  // weights that the thread will read after these, in rows as long; or null
 };
+
+static inline int64_t bytes_of_row(const jamba_matrix &matrix) {
+  switch (matrix.kind) {
+    case JAMBA_F32: return matrix.I * 4;
+    case JAMBA_BF16: return matrix.I * 2;
+    case JAMBA_INT8: return matrix.I;
+    case JAMBA_INT4: return matrix.I / 2;
+  }
+  return 0;
+}
+
+static inline const char *weights_of(const jamba_matrix &matrix, int64_t output) {
+  return (const char *)matrix.values + output * bytes_of_row(matrix);
+}
+
+// What is read after outputs [output, output + count), for fetching early.
+static inline const char *weights_after(const FewProduct &p, int64_t output, int64_t count) {
+  if (output + count < p.last) return weights_of(p.matrix, output + count);
+  return p.next != nullptr ? (const char *)p.next : weights_of(p.matrix, output);
+}
 
 // The largest integer of a row: its coarse byte is at most 127.
 constexpr float MOST_INTEGER = 32639.0f;

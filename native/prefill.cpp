@@ -101,7 +101,7 @@ int32_t jamba_prefill(const jamba_step_call *call) try {
   const int threads = (int)call->threads;
   const int64_t size = cache_lines(path->prefill_scratch(*call, kernels));
   const Scratch buffers(room.words()), scratch(threads * size);
-  const Counters counters(PHASES_AROUND + PHASES_OF_LAYER * model.num_layers);
+  const Counters counters(PHASES_AROUND + PHASES_OF_LAYER * model.num_layers, threads);
   if (!buffers.data() || !scratch.data() || !counters.data()) return JAMBA_NO_MEMORY;
   float *const data = buffers.data();
   const PrefillBuffers shared = {
@@ -128,7 +128,7 @@ int32_t jamba_prefill(const jamba_step_call *call) try {
 #pragma omp parallel num_threads(threads)
   {
     // The runtime may give fewer than asked for.
-    const Team team = {team_size(), counters.data()};
+    const Team team = {team_size(), team_member(), counters.data()};
     path->prefill(*call, shared, kernels, team, scratch.data() + team_member() * size);
   }
   return JAMBA_OK;

@@ -68,10 +68,10 @@ JAMBA_INLINE T load_bytes(const void *p, int64_t left) {
 // which looks for one direction in each, does not find the pattern itself.
 JAMBA_INLINE void fetch(const void *p) { __builtin_prefetch(p, 0, 3); }
 
-// OUTPUTS rows of weights times ROWS rows of inputs. `x` and `y` are one pointer for each row.
+// OUTPUTS rows of weights times ROWS rows of inputs; `after` are the weights that are read then.
 template <int OUTPUTS, int ROWS>
-inline void float_tile(const jamba_matrix &matrix, int64_t output, const Operand &operand,
-                       const int64_t *rows, float (*sums)[ROWS]) {
+inline void float_tile(const jamba_matrix &matrix, int64_t output, const char *,
+                       const Operand &operand, const int64_t *rows, float (*sums)[ROWS]) {
   const float *const weights = (const float *)matrix.values + output * matrix.I;
   Vec even[OUTPUTS][ROWS] = {}, odd[OUTPUTS][ROWS] = {};
   const float *x[ROWS];
@@ -103,8 +103,8 @@ inline void float_tile(const jamba_matrix &matrix, int64_t output, const Operand
 }
 
 template <int OUTPUTS, int ROWS>
-inline void bfloat16_tile(const jamba_matrix &matrix, int64_t output, const Operand &operand,
-                          const int64_t *rows, float (*sums)[ROWS]) {
+inline void bfloat16_tile(const jamba_matrix &matrix, int64_t output, const char *after,
+                          const Operand &operand, const int64_t *rows, float (*sums)[ROWS]) {
   const uint16_t *const weights = (const uint16_t *)matrix.values + output * matrix.I;
   Vec even[OUTPUTS][ROWS] = {}, odd[OUTPUTS][ROWS] = {};
   const float *x[ROWS];
@@ -114,7 +114,7 @@ inline void bfloat16_tile(const jamba_matrix &matrix, int64_t output, const Oper
 #pragma GCC unroll 4
     for (int o = 0; o < OUTPUTS; o++) {
       const uint16_t *w = weights + o * matrix.I + i;
-      fetch(w + OUTPUTS * matrix.I);
+      fetch(after + (o * matrix.I + i) * 2);
       const WordVec pairs = load_weights(w);
       // Little-endian: the first of each pair is the low half.
       const Vec first = (Vec)(pairs << 16), second = (Vec)(pairs & 0xffff0000u);
@@ -140,8 +140,8 @@ inline void bfloat16_tile(const jamba_matrix &matrix, int64_t output, const Oper
 constexpr int64_t EXACT_STEPS = 256;
 
 template <int OUTPUTS, int ROWS>
-inline void int8_tile(const jamba_matrix &matrix, int64_t output, const Operand &operand,
-                      const int64_t *rows, float (*sums)[ROWS]) {
+inline void int8_tile(const jamba_matrix &matrix, int64_t output, const char *after,
+                      const Operand &operand, const int64_t *rows, float (*sums)[ROWS]) {
   const int8_t *const weights = (const int8_t *)matrix.values + output * matrix.I;
   Vec wide[OUTPUTS][ROWS] = {};
   const int16_t *x[ROWS];
@@ -154,7 +154,7 @@ inline void int8_tile(const jamba_matrix &matrix, int64_t output, const Operand 
 #pragma GCC unroll 4
       for (int o = 0; o < OUTPUTS; o++) {
         const int8_t *from = weights + o * matrix.I + i;
-        fetch(from + OUTPUTS * matrix.I);
+        fetch(after + o * matrix.I + i);
         const ShortVec w = __builtin_convertvector(load_weights(from), ShortVec);
 #pragma GCC unroll 4
         for (int m = 0; m < ROWS; m++)
@@ -202,8 +202,8 @@ JAMBA_INLINE Vec scales_of_lanes(const float *scales, int64_t first, IntVec lane
 constexpr int64_t WIDE_GROUPS = 64;
 
 template <int OUTPUTS, int ROWS>
-inline void int4_tile(const jamba_matrix &matrix, int64_t output, const Operand &operand,
-                      const int64_t *rows, float (*sums)[ROWS]) {
+inline void int4_tile(const jamba_matrix &matrix, int64_t output, const char *after,
+                      const Operand &operand, const int64_t *rows, float (*sums)[ROWS]) {
   const int64_t bytes = matrix.I / 2, groups = operand.groups, group = matrix.group;
   const uint8_t *const weights = (const uint8_t *)matrix.values + output * bytes;
   Vec wide[OUTPUTS][ROWS] = {};
@@ -236,7 +236,7 @@ inline void int4_tile(const jamba_matrix &matrix, int64_t output, const Operand 
 #pragma GCC unroll 4
       for (int o = 0; o < OUTPUTS; o++) {
         const uint8_t *from = weights + o * bytes + b;
-        fetch(from + OUTPUTS * bytes);
+        fetch(after + o * bytes + b);
         const UnsignedShortVec both = __builtin_convertvector(load_weights(from), UnsignedShortVec);
         const ShortVec low = (ShortVec)(both & 15), high = (ShortVec)(both >> 4);
         const Vec factor = scales_of_lanes(scales[o], step_group, lanes);

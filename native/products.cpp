@@ -13,7 +13,7 @@ namespace {
 int32_t product_of_few(const Path &path, const jamba_product_call &call, int threads) {
   const int64_t size = cache_lines(path.product_scratch(call));
   const Scratch scratch(threads * size);
-  const Counters counters(1);
+  const Counters counters(1, 1);
   if (!scratch.data() || !counters.data()) return JAMBA_NO_MEMORY;
 #pragma omp parallel for num_threads(threads) schedule(static, 1)
   for (int thread = 0; thread < threads; thread++) {
@@ -36,12 +36,12 @@ int32_t product_of_many(const Path &path, const jamba_product_call &call, int th
   const Scratch tiles(tiled_words(path.tiles, call.matrix, half, tiles_of(call.M)));
   const int64_t size = weight_words(MOST_OUTPUTS) + sum_words(MOST_OUTPUTS);
   const Scratch scratch(threads * size);
-  const Counters counters(2);
+  const Counters counters(2, threads);
   if (!tiles.data() || !scratch.data() || !counters.data()) return JAMBA_NO_MEMORY;
 #pragma omp parallel num_threads(threads)
   {
     // The runtime may give fewer than asked for.
-    const Team team = {team_size(), counters.data()};
+    const Team team = {team_size(), team_member(), counters.data()};
     path.product_many(call, path.tiles, (uint32_t *)tiles.data(), team,
                       (uint32_t *)scratch.data() + team_member() * size);
   }

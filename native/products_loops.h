@@ -9,21 +9,22 @@
 namespace jamba::JAMBA_PATH {
 
 template <int OUTPUTS, int ROWS>
-inline void tile(const jamba_matrix &matrix, int64_t output, const Operand &operand,
-                 const int64_t *rows, float (*sums)[ROWS]) {
+inline void tile(const jamba_matrix &matrix, int64_t output, const char *after,
+                 const Operand &operand, const int64_t *rows, float (*sums)[ROWS]) {
   switch (matrix.kind) {
-    case JAMBA_F32: return float_tile<OUTPUTS, ROWS>(matrix, output, operand, rows, sums);
-    case JAMBA_BF16: return bfloat16_tile<OUTPUTS, ROWS>(matrix, output, operand, rows, sums);
-    case JAMBA_INT8: return int8_tile<OUTPUTS, ROWS>(matrix, output, operand, rows, sums);
-    case JAMBA_INT4: return int4_tile<OUTPUTS, ROWS>(matrix, output, operand, rows, sums);
+    case JAMBA_F32: return float_tile<OUTPUTS, ROWS>(matrix, output, after, operand, rows, sums);
+    case JAMBA_BF16:
+      return bfloat16_tile<OUTPUTS, ROWS>(matrix, output, after, operand, rows, sums);
+    case JAMBA_INT8: return int8_tile<OUTPUTS, ROWS>(matrix, output, after, operand, rows, sums);
+    case JAMBA_INT4: return int4_tile<OUTPUTS, ROWS>(matrix, output, after, operand, rows, sums);
   }
 }
 
 template <int OUTPUTS, int ROWS>
-inline void tile_into(const jamba_matrix &matrix, int64_t output, const Operand &operand,
-                      const int64_t *rows, float *y, int64_t y_stride) {
+inline void tile_into(const jamba_matrix &matrix, int64_t output, const char *after,
+                      const Operand &operand, const int64_t *rows, float *y, int64_t y_stride) {
   float sums[OUTPUTS][ROWS] = {};
-  tile<OUTPUTS, ROWS>(matrix, output, operand, rows, sums);
+  tile<OUTPUTS, ROWS>(matrix, output, after, operand, rows, sums);
   for (int o = 0; o < OUTPUTS; o++) {
     const float bias = matrix.bias == nullptr ? 0.0f : matrix.bias[output + o];
     for (int m = 0; m < ROWS; m++) y[m * y_stride + o] = sums[o][m] + bias;
@@ -31,37 +32,40 @@ inline void tile_into(const jamba_matrix &matrix, int64_t output, const Operand 
 }
 
 template <int OUTPUTS>
-inline void outputs_into(const jamba_matrix &matrix, int64_t output, const Operand &operand,
-                         const int64_t *rows, int64_t count, float *y, int64_t y_stride) {
+inline void outputs_into(const FewProduct &p, int64_t output, const Operand &operand) {
+  const jamba_matrix &matrix = p.matrix;
+  const char *const after = weights_after(p, output, OUTPUTS);
+  float *const y = p.y + output - p.first;
+  const int64_t *const rows = p.rows;
+  const int64_t count = p.count, y_stride = p.y_stride;
   int64_t m = 0;
   for (; m + 4 <= count; m += 4) {
     // Sixteen sums fit the registers: twice as many rows, so half as many outputs.
     constexpr int HALF = OUTPUTS > 1 ? OUTPUTS / 2 : 1;
     for (int o = 0; o < OUTPUTS; o += HALF) {
-      tile_into<HALF, 4>(matrix, output + o, operand, rows + m, y + m * y_stride + o, y_stride);
+      tile_into<HALF, 4>(matrix, output + o, after + o * bytes_of_row(matrix), operand, rows + m,
+                         y + m * y_stride + o, y_stride);
     }
   }
   if (m + 2 <= count) {
-    tile_into<OUTPUTS, 2>(matrix, output, operand, rows + m, y + m * y_stride, y_stride);
+    tile_into<OUTPUTS, 2>(matrix, output, after, operand, rows + m, y + m * y_stride, y_stride);
     m += 2;
   }
   if (m < count) {
-    tile_into<OUTPUTS, 1>(matrix, output, operand, rows + m, y + m * y_stride, y_stride);
+    tile_into<OUTPUTS, 1>(matrix, output, after, operand, rows + m, y + m * y_stride, y_stride);
   }
 }
 
-// y[m][o - first] = W[o] . x[rows[m]] + bias[o] for outputs [first, last) and `count` rows.
+// y[m][o - first] = W[o] . x[rows[m]] + bias[o] for outputs [first, last) and `count` rows; `next`
+// are weights that this thread will read then, in rows as long, or null.
 inline void multiply(const jamba_matrix &matrix, int64_t first, int64_t last,
                      const Operand &operand, const int64_t *rows, int64_t count, float *y,
-                     int64_t y_stride) {
-  if (operand.few != nullptr) {
-    return operand.few->few({matrix, first, last, operand.tiles, rows, count, y, y_stride});
-  }
+                     int64_t y_stride, const void *next = nullptr) {
+  const FewProduct product = {matrix, first, last, operand.tiles, rows, count, y, y_stride, next};
+  if (operand.few != nullptr) return operand.few->few(product);
   int64_t o = first;
-  for (; o + 4 <= last; o += 4) {
-    outputs_into<4>(matrix, o, operand, rows, count, y + o - first, y_stride);
-  }
-  for (; o < last; o++) outputs_into<1>(matrix, o, operand, rows, count, y + o - first, y_stride);
+  for (; o + 4 <= last; o += 4) outputs_into<4>(product, o, operand);
+  for (; o < last; o++) outputs_into<1>(product, o, operand);
 }
 
 inline int64_t product_scratch(const jamba_product_call &call) {

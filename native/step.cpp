@@ -71,7 +71,7 @@ int32_t jamba_step(const jamba_step_call *call) try {
   const int threads = useful_threads(call->threads, products_of_step(model));
   const int64_t size = cache_lines(path->step_scratch(*call));
   const Scratch buffers(used), scratch(threads * size);
-  const Counters counters(2 + PHASES_OF_LAYER * model.num_layers);
+  const Counters counters(2 + PHASES_OF_LAYER * model.num_layers, threads);
   if (!buffers.data() || !scratch.data() || !counters.data()) return JAMBA_NO_MEMORY;
   float *data = buffers.data();
   const StepBuffers shared = {data + x,         data + u,       data + gate,
@@ -80,7 +80,7 @@ int32_t jamba_step(const jamba_step_call *call) try {
 #pragma omp parallel num_threads(threads)
   {
     // The runtime may give fewer than asked for.
-    const Team team = {team_size(), counters.data()};
+    const Team team = {team_size(), team_member(), counters.data()};
     path->step(*call, shared, path->tiles, team, scratch.data() + team_member() * size);
   }
   return JAMBA_OK;

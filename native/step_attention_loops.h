@@ -161,19 +161,27 @@ inline void attention_layer(Step &step, const jamba_layer &layer, const jamba_me
   const Operand x = prepare_operand(few ? step.kernels : NO_TILES, layer.in_proj, step.normed,
                                     model.D, M, step.operand);
   const int64_t query_pieces = divide_up(queries, PIECE), key_pieces = divide_up(width, PIECE);
-  step.team.share(query_pieces + 2 * key_pieces, [&](int64_t piece) {
+  const auto matrix_of = [&](int64_t piece) -> const jamba_matrix & {
+    if (piece < query_pieces) return layer.in_proj;
+    return piece < query_pieces + key_pieces ? layer.x_proj : layer.dt_proj;
+  };
+  const auto place_in = [&](int64_t piece) {
+    return piece < query_pieces ? piece : (piece - query_pieces) % key_pieces;
+  };
+  const auto project = [&](int64_t piece, int64_t next) {
+    const jamba_matrix &matrix = matrix_of(piece);
+    const void *then = next < 0 ? nullptr : weights_of_piece(matrix_of(next), place_in(next));
     if (piece < query_pieces) {
       const Range range = piece_of(queries, piece);
-      multiply(layer.in_proj, range.first, range.last, x, FIRST_ROWS, M, shared.q + range.first,
-               queries);
+      multiply(matrix, range.first, range.last, x, FIRST_ROWS, M, shared.q + range.first, queries,
+               then);
       return;
     }
-    const bool keys = piece < query_pieces + key_pieces;
-    const Range range = piece_of(width, (piece - query_pieces) % key_pieces);
-    multiply(keys ? layer.x_proj : layer.dt_proj, range.first, range.last, x, FIRST_ROWS, M,
-             step.local, PIECE);
-    remember(step, memories, keys, range, step.local);
-  });
+    const Range range = piece_of(width, place_in(piece));
+    multiply(matrix, range.first, range.last, x, FIRST_ROWS, M, step.local, PIECE, then);
+    remember(step, memories, piece < query_pieces + key_pieces, range, step.local);
+  };
+  step.team.share_runs(query_pieces + 2 * key_pieces, project, [] {});
 
   // Row m of sequence b sees all that came before it, and itself.
   int64_t sequence[JAMBA_STEP_ROWS], seen[JAMBA_STEP_ROWS];
@@ -196,7 +204,7 @@ inline void attention_layer(Step &step, const jamba_layer &layer, const jamba_me
     const int64_t m = task / model.H;
     join_pieces(step, m, task % model.H, divide_up(seen[m], KEYS_OF_PIECE));
   });
-  add_product(step, layer.out_proj, shared.y);
+  add_product(step, layer.out_proj, shared.y, [&] { fetch_feed_forward(step, layer); });
 }
 
 }  // namespace jamba::JAMBA_PATH

@@ -97,15 +97,19 @@ inline void feed_forward(Step &step, const jamba_layer &layer) {
   const Operand x =
       prepare_operand(step.kernels, matrices_of(0)[0], step.normed, D, M, step.operand);
   const int64_t hidden_pieces = divide_up(F, PIECE);
-  step.team.share(pairs.active * hidden_pieces, [&](int64_t task) {
+  const auto rows_in = [&](int64_t task, int64_t next) {
     const int64_t a = task / hidden_pieces, start = pairs.starts[a];
     const int64_t count = pairs.starts[a + 1] - start;
     const jamba_matrix *matrices = matrices_of(a);
     const Range range = piece_of(F, task % hidden_pieces);
     float *gate = step.local, *up = gate + count * PIECE;
     const int64_t *rows = pairs.rows + start;
-    multiply(matrices[0], range.first, range.last, x, rows, count, gate, PIECE);
-    multiply(matrices[1], range.first, range.last, x, rows, count, up, PIECE);
+    const void *then =
+        next < 0 ? nullptr
+                 : weights_of_piece(matrices_of(next / hidden_pieces)[0], next % hidden_pieces);
+    multiply(matrices[0], range.first, range.last, x, rows, count, gate, PIECE,
+             weights_of(matrices[1], range.first));
+    multiply(matrices[1], range.first, range.last, x, rows, count, up, PIECE, then);
     for (int64_t i = 0; i < count; i++) {
       float *out = step.shared.hidden + (start + i) * F + range.first;
       for (int64_t f = 0; f < range.count(); f += LANES) {
@@ -115,23 +119,29 @@ inline void feed_forward(Step &step, const jamba_layer &layer) {
         store_any(out, false, f, left, value * z * sigmoid(z));
       }
     }
-  });
+  };
+  step.team.share_runs(pairs.active * hidden_pieces, rows_in,
+                       [&] { fetch_start(step, matrices_of(0)[2], divide_up(D, PIECE)); });
 
   const Operand hidden = prepare_operand(step.kernels, matrices_of(0)[2], step.shared.hidden, F,
                                          num_pairs, step.operand);
-  step.team.share(divide_up(D, PIECE), [&](int64_t piece) {
+  const auto rows_out = [&](int64_t piece, int64_t next) {
     const Range range = piece_of(D, piece);
     for (int64_t a = 0; a < pairs.active; a++) {
+      const void *then = a + 1 < pairs.active ? weights_of(matrices_of(a + 1)[2], range.first)
+                                              : weights_of_piece(matrices_of(0)[2], next);
       const int64_t start = pairs.starts[a], count = pairs.starts[a + 1] - start;
       multiply(matrices_of(a)[2], range.first, range.last, hidden, pairs.places + start, count,
-               step.local, PIECE);
+               step.local, PIECE, then);
       for (int64_t i = 0; i < count; i++) {
         float *out = step.shared.x + pairs.rows[start + i] * D + range.first;
         const float weight = pairs.weights[start + i];
         for (int64_t d = 0; d < range.count(); d++) out[d] += weight * step.local[i * PIECE + d];
       }
     }
-  });
+  };
+  step.team.share_runs(divide_up(D, PIECE), rows_out,
+                       [&] { fetch_start(step, *step.upcoming.matrix, step.upcoming.pieces); });
 }
 
 }  // namespace jamba::JAMBA_PATH

@@ -46,13 +46,24 @@ inline int64_t step_scratch(const jamba_step_call &call) {
   return cut.normed + cut.operand + cut.local + cut.lists;
 }
 
+// What is read first of a layer, or behind the last one.
+inline Upcoming upcoming(const jamba_model &model, int64_t layer) {
+  if (layer == model.num_layers) return {&model.head, divide_up(model.V, PIECE)};
+  const jamba_layer &one = model.layers[layer];
+  const int64_t queries = divide_up(model.H * model.P, PIECE);
+  const int64_t keys = divide_up(model.G * model.P, PIECE);
+  return {&one.in_proj, one.attends ? queries + 2 * keys : divide_up(model.C, PIECE)};
+}
+
 inline void step(const jamba_step_call &call, const StepBuffers &shared, const TileKernels &kernels,
                  Team team, float *scratch) {
   const jamba_model &model = *call.model;
   const StepScratch cut = cut_scratch(call);
   float *operand = scratch + cut.normed, *local = operand + cut.operand;
-  Step mine = {
-      call, model, shared, kernels, team, scratch, operand, local, (int64_t *)(local + cut.local)};
+  Step mine = {call,      model, shared,
+               kernels,   team,  scratch,
+               operand,   local, (int64_t *)(local + cut.local),
+               Upcoming{}};
   if (kernels.begin != nullptr) kernels.begin();
 
   team.share(call.M, [&](int64_t m) {
@@ -61,6 +72,7 @@ inline void step(const jamba_step_call &call, const StepBuffers &shared, const T
   for (int64_t i = 0; i < model.num_layers; i++) {
     const jamba_layer &layer = model.layers[i];
     const jamba_memory *memories = call.memories + i * call.B;
+    mine.upcoming = upcoming(model, i + 1);
     (layer.attends ? attention_layer : mamba_layer)(mine, layer, memories);
     feed_forward(mine, layer);
   }
@@ -70,11 +82,12 @@ inline void step(const jamba_step_call &call, const StepBuffers &shared, const T
   }
   const Operand x =
       prepare_operand(kernels, model.head, mine.normed, model.D, call.num_logits, operand);
-  team.share(divide_up(model.V, PIECE), [&](int64_t piece) {
+  const auto score = [&](int64_t piece, int64_t next) {
     const Range range = piece_of(model.V, piece);
     multiply(model.head, range.first, range.last, x, FIRST_ROWS, call.num_logits,
-             call.logits + range.first, model.V);
-  });
+             call.logits + range.first, model.V, weights_of_piece(model.head, next));
+  };
+  team.share_runs(divide_up(model.V, PIECE), score, [] {});
   if (kernels.end != nullptr) kernels.end();
 }
 

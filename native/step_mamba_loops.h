@@ -85,22 +85,29 @@ inline void mamba_layer(Step &step, const jamba_layer &layer, const jamba_memory
   norm_stream(step, layer.mixer_norm_D);
   const Operand x =
       prepare_operand(step.kernels, layer.in_proj, step.normed, model.D, M, step.operand);
-  step.team.share(divide_up(C, PIECE), [&](int64_t piece) {
+  const int64_t channel_pieces = divide_up(C, PIECE), width = R + 2 * N;
+  // Small pieces: there are few outputs, and each is long.
+  const int64_t selection_pieces = divide_up(width, TILE);
+  const auto project = [&](int64_t piece, int64_t next) {
     const Range range = piece_of(C, piece);
     float *in = step.local, *window = in + M * PIECE;
-    multiply(layer.in_proj, range.first, range.last, x, FIRST_ROWS, M, in, PIECE);
+    multiply(layer.in_proj, range.first, range.last, x, FIRST_ROWS, M, in, PIECE,
+             weights_of(layer.in_proj, C + range.first));
     multiply(layer.in_proj, C + range.first, C + range.last, x, FIRST_ROWS, M,
-             shared.gate + range.first, C);
+             shared.gate + range.first, C, weights_of_piece(layer.in_proj, next));
     for (int64_t b = 0; b < B; b++) convolve(step, layer, memories[b], b, range, in, window);
-  });
+  };
+  step.team.share_runs(channel_pieces, project,
+                       [&] { fetch_start(step, layer.x_proj, selection_pieces, TILE); });
 
-  const int64_t width = R + 2 * N;
   const Operand u = prepare_operand(step.kernels, layer.x_proj, shared.u, C, M, step.operand);
-  // Small pieces: there are few outputs, and each is long.
-  step.team.share(divide_up(width, TILE), [&](int64_t piece) {
+  const auto select = [&](int64_t piece, int64_t next) {
     const int64_t first = piece * TILE, last = first + TILE < width ? first + TILE : width;
-    multiply(layer.x_proj, first, last, u, FIRST_ROWS, M, shared.selection + first, width);
-  });
+    multiply(layer.x_proj, first, last, u, FIRST_ROWS, M, shared.selection + first, width,
+             weights_of_piece(layer.x_proj, next, TILE));
+  };
+  step.team.share_runs(selection_pieces, select,
+                       [&] { fetch_start(step, layer.dt_proj, channel_pieces); });
 
   float *dt_MR = step.normed, *B_MN = dt_MR + M * R, *C_MN = B_MN + M * N;
   const float epsilon = (float)model.epsilon;
@@ -111,14 +118,17 @@ inline void mamba_layer(Step &step, const jamba_layer &layer, const jamba_memory
     norm_row(row + R + N, layer.C_norm_N, N, epsilon, C_MN + m * N);
   }
   const Operand dt = prepare_operand(step.kernels, layer.dt_proj, dt_MR, R, M, step.operand);
-  step.team.share(divide_up(C, PIECE), [&](int64_t piece) {
+  const auto scan = [&](int64_t piece, int64_t next) {
     const Range range = piece_of(C, piece);
-    multiply(layer.dt_proj, range.first, range.last, dt, FIRST_ROWS, M, step.local, PIECE);
+    multiply(layer.dt_proj, range.first, range.last, dt, FIRST_ROWS, M, step.local, PIECE,
+             weights_of_piece(layer.dt_proj, next));
     for (int64_t b = 0; b < B; b++) {
       scan_and_gate(step, layer, memories[b], b, range, step.local, B_MN, C_MN);
     }
-  });
-  add_product(step, layer.out_proj, shared.y);
+  };
+  step.team.share_runs(channel_pieces, scan,
+                       [&] { fetch_start(step, layer.out_proj, divide_up(model.D, PIECE)); });
+  add_product(step, layer.out_proj, shared.y, [&] { fetch_feed_forward(step, layer); });
 }
 
 }  // namespace jamba::JAMBA_PATH

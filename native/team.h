@@ -12,7 +12,8 @@ namespace jamba {
 // One per thread, sharing `taken`.
 struct Team {
   int64_t threads;
-  int64_t *taken;  // one counter for each phase, a cache line apart, all zero at the start
+  int64_t member;  // which of them this is
+  int64_t *taken;  // a counter for each phase and thread, a cache line apart, all zero at the start
 
   // Calls work(piece) for pieces of [0, count), and returns when every thread's are done.
   template <typename Work>
@@ -25,8 +26,7 @@ struct Team {
     // set and might be linked into another.
     int64_t piece;
     while ((piece = take()) < count) work(piece);
-    taken += COUNTER_STRIDE;
-#pragma omp barrier
+    end_phase();
   }
 
   // As above, with work(piece, next): `next` is what the same thread will do after it, or -1. A
@@ -39,14 +39,39 @@ struct Team {
       work(piece, next < count ? next : -1);
       piece = next;
     }
-    taken += COUNTER_STRIDE;
+    end_phase();
+  }
+
+  // As share(), with neighbouring pieces for one thread: each has a run of them, and helps the
+  // others when it is through. work(piece, next): `next` is the neighbour that the thread takes
+  // then if nobody helps it, or -1. Calls wait() before it waits for the others.
+  template <typename Work, typename Wait>
+  inline __attribute__((always_inline)) void share_runs(int64_t count, const Work &work,
+                                                        const Wait &wait) {
+    for (int64_t turn = 0; turn < threads; turn++) {
+      const int64_t whose = member + turn < threads ? member + turn : member + turn - threads;
+      const int64_t first = first_of_run(count, whose), end = first_of_run(count, whose + 1);
+      int64_t piece;
+      while ((piece = first + take(whose)) < end) work(piece, piece + 1 < end ? piece + 1 : -1);
+    }
+    wait();
+    end_phase();
+  }
+
+  // Where the run of a thread begins.
+  inline __attribute__((always_inline)) int64_t first_of_run(int64_t count, int64_t whose) const {
+    return count * whose / threads;
+  }
+
+  inline __attribute__((always_inline)) int64_t take(int64_t whose = 0) {
+    return __atomic_fetch_add(taken + whose * COUNTER_STRIDE, 1, __ATOMIC_RELAXED);
+  }
+
+  inline __attribute__((always_inline)) void end_phase() {
+    taken += COUNTER_STRIDE * threads;
     if (threads > 1) {
 #pragma omp barrier
     }
-  }
-
-  inline __attribute__((always_inline)) int64_t take() {
-    return __atomic_fetch_add(taken, 1, __ATOMIC_RELAXED);
   }
 
   static constexpr int64_t COUNTER_STRIDE = 8;

@@ -29,15 +29,19 @@ inline int useful_threads(int64_t threads, int64_t products) {
   return (int)std::max<int64_t>(1, std::min(threads, products / PRODUCTS_PER_THREAD));
 }
 
-// Counters for `phases` phases, all zero.
+// Counters for `phases` phases of at most `threads` threads, all zero.
 class Counters {
  public:
-  explicit Counters(int64_t phases) : memory_(2 * Team::COUNTER_STRIDE * phases) {
-    if (memory_.data()) std::fill_n(memory_.data(), 2 * Team::COUNTER_STRIDE * phases, 0.0f);
+  Counters(int64_t phases, int64_t threads) : memory_(floats_of(phases, threads)) {
+    if (memory_.data()) std::fill_n(memory_.data(), floats_of(phases, threads), 0.0f);
   }
   int64_t *data() const { return (int64_t *)memory_.data(); }
 
  private:
+  static int64_t floats_of(int64_t phases, int64_t threads) {
+    return 2 * Team::COUNTER_STRIDE * phases * threads;
+  }
+
   Scratch memory_;
 };
 
