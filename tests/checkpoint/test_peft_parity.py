@@ -182,6 +182,18 @@ def test_what_is_written_is_read_again(base, tmp_path, rslora):
         torch.testing.assert_close(found.changes[name].delta(), change.delta())
 
 
+def test_a_change_of_the_embedding_is_added_to_the_one_that_peft_saved_with_it(base, tmp_path):
+    """It need not be the model's: peft saves it for vocabularies that have grown."""
+    folder = tmp_path / "adapter"
+    peft_writes(folder, LoraConfig(target_modules=["embed_tokens"], r=2, init_lora_weights=False))
+    name = "base_model.model.model.embed_tokens.base_layer.weight"
+    saved = load_file(folder / "adapter_model.safetensors")[name]
+    change_tensors(folder, lambda t: t.update({name: t[name] + 1.0}))
+    adapter = read_adapter(folder, JambaConfig.load(base))
+    expected = saved + 1.0 + adapter.changes["embedding.weight"].delta()
+    torch.testing.assert_close(adapter.merged("embedding.weight", saved), expected)
+
+
 def test_adapters_of_single_experts_are_read(base, tmp_path):
     """Before transformers 5 every expert had modules of its own, and adapters have their names."""
     config = JambaConfig.load(base)
