@@ -57,11 +57,16 @@ def test_a_step_is_predicted_from_its_operations(quick: None, workers: int):
 
 
 def test_larger_operations_take_longer(quick: None):
+    # Thousands of times the work, so that no other load of the machine can turn it around.
     machine = MeasuredMachine()
-    for kind, sizes in {"product": (8, 32, 32), "scan": (16, 16, 16), "gate": (16, 64)}.items():
-        small = Operation("MLP", kind, sizes)  # type: ignore[arg-type]
-        large = Operation("MLP", kind, (64 * sizes[0], *sizes[1:]))  # type: ignore[arg-type]
-        assert sum(machine.seconds(small, 4)) < sum(machine.seconds(large, 4)), kind
+    sizes: dict[Kind, tuple[tuple[int, ...], tuple[int, ...]]] = {
+        "product": ((8, 32, 32), (2048, 512, 512)),
+        "scan": ((16, 16, 16), (2048, 256, 16)),
+        "gate": ((16, 64), (8192, 1024)),
+    }
+    for kind, (small, large) in sizes.items():
+        seconds = [sum(machine.seconds(Operation("MLP", kind, one), 4)) for one in (small, large)]
+        assert seconds[0] < seconds[1], kind
 
 
 def test_one_machine_has_nobody_to_send_to():
