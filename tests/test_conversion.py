@@ -11,7 +11,8 @@ import torch
 from jamba_lm.conversion import folder_to_gguf, gguf_to_folder
 from jamba_lm.errors import CheckpointError, InputError, TokenizerError
 from jamba_lm.generation import generate
-from jamba_lm.language_model import embedded_model_path, load
+from jamba_lm.language_model import load
+from jamba_lm.presets import embedded_model_path
 from jamba_lm.text.tokenizer import load_tokenizer
 from tests.arms import SMALL, shaken_model
 from tests.tiny_checkpoint import write_json, write_tiny_checkpoint

@@ -14,8 +14,9 @@ from jamba_lm.drafting.policy import LONGEST_DRAFT, MOST_ROWS
 from jamba_lm.errors import InputError
 from jamba_lm.generation import generate, generate_batch
 from jamba_lm.kernels.native_step import STEP_ROWS
-from jamba_lm.language_model import LanguageModel, embedded_model_path, load
+from jamba_lm.language_model import LanguageModel, load
 from jamba_lm.model.state import KeyValueState, SequenceState
+from jamba_lm.presets import embedded_model_path
 from jamba_lm.sampling import Sampling
 from jamba_lm.stepper import Stepper
 from jamba_lm.text.tokenizer import Tokenizer, load_tokenizer

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from itertools import pairwise
+from typing import Any
 
 import pytest
 import torch
@@ -14,13 +15,14 @@ from torch import Tensor
 from jamba_lm import prefill as prefill_module
 from jamba_lm.errors import BackendUnavailable
 from jamba_lm.kernels.library import loaded_library
-from jamba_lm.kernels.native_step import STEP_ROWS
+from jamba_lm.kernels.native_step import STEP_ROWS, Floats
 from jamba_lm.language_model import LanguageModel
 from jamba_lm.model.state import SequenceState
 from jamba_lm.prefill import prefill
 from jamba_lm.quantization.linear import PackedLinear
 from jamba_lm.quantization.policy import find_scheme
 from jamba_lm.quantization.rewrite import quantize_decoder
+from jamba_lm.step_plan import StepPlan
 from tests.arms import ARMS, SMALL, random_ids, shaken_model
 from tests.test_step_plan import (
     PLANNED,
@@ -40,6 +42,10 @@ FLOAT_PATHS = [path for path in PATHS if path not in ("amx", "avx512_bf16")]
 LENGTHS = [(17,), (1, 33, 5, 130), (530, 2)]
 
 
+def read_prompt(plan: StepPlan, *arguments: Any, **options: Any) -> Tensor:
+    return torch.from_numpy(prefill(plan, *arguments, **options))
+
+
 def sequences_of(model: LanguageModel, lengths: tuple[int, ...], *, seed: int) -> list[list[int]]:
     return [random_ids(model.config, n, seed=seed + b) for b, n in enumerate(lengths)]
 
@@ -55,7 +61,7 @@ def test_a_prefill_says_what_the_modules_say(arm: str, path: str):
         ours, theirs = read_prompts(model, before), read_prompts(model, before)
         for turn in range(2):
             sequences = sequences_of(model, lengths, seed=10 * turn)
-            found = prefill(plan, sequences, ours, range(sum(lengths)), path=path)
+            found = read_prompt(plan, sequences, ours, range(sum(lengths)), path=path)
             expected = by_modules(model, sequences, theirs)
             assert_within(found, expected, PREFILL["fp32"], f"{lengths}, turn {turn}")
         for one, other in zip(ours, theirs, strict=True):
@@ -77,7 +83,7 @@ def test_a_prefill_in_bfloat16_is_nearer_to_the_exact_than_the_modules(arm: str,
         for name in errors:
             states = [model.new_state() for _ in sequences]
             if name == "prefill":
-                found = prefill(plan, sequences, states, range(79), path=path)
+                found = read_prompt(plan, sequences, states, range(79), path=path)
             else:
                 found = by_modules(model, sequences, states)
             errors[name].append((found - expected).abs().amax(-1))
@@ -95,7 +101,7 @@ def test_a_prefill_of_a_quantised_model_says_what_its_modules_say(scheme: str, p
     reference = LanguageModel(config, model.decoder, backend="reference")
     sequences = sequences_of(model, (40, 9), seed=0)
     ours, theirs = ([reference.new_state() for _ in sequences] for _ in "ab")
-    found = prefill(plan, sequences, ours, range(49), path=path)
+    found = read_prompt(plan, sequences, ours, range(49), path=path)
     assert_within(found, by_modules(reference, sequences, theirs), PREFILL["fp32"])
 
 
@@ -124,7 +130,9 @@ def quantised_errors(
         wide = LanguageModel(config, exact.decoder, backend="reference")
         expected = by_modules(wide, sequences, None)
         states = [model.new_state() for _ in sequences]
-        errors["prefill"].append(prefill(plan, sequences, states, range(79), path=path) - expected)
+        errors["prefill"].append(
+            read_prompt(plan, sequences, states, range(79), path=path) - expected
+        )
         modules = LanguageModel(config, model.decoder, backend="reference")
         errors["modules"].append(by_modules(modules, sequences, None) - expected)
     ours, modules_too = (float(torch.cat(errors[name]).abs().mean()) for name in errors)
@@ -160,10 +168,10 @@ def test_where_a_prompt_is_cut_changes_no_bit(length: int, cuts: list[int], dtyp
     plan = plan_of(model)
     ids = random_ids(model.config, length)
     whole, pieced = model.new_state(), model.new_state()
-    expected = prefill(plan, [ids], [whole], range(length))
+    expected = read_prompt(plan, [ids], [whole], range(length))
     edges = [0, *sorted({cut for cut in cuts if cut < length}), length]
     for first, end in pairwise(edges):
-        found = prefill(plan, [ids[first:end]], [pieced], range(end - first))
+        found = read_prompt(plan, [ids[first:end]], [pieced], range(end - first))
         # Logits of few rows are summed as in a step.
         if end - first > STEP_ROWS:
             assert torch.equal(found, expected[first:end])
@@ -177,10 +185,10 @@ def test_what_a_sequence_gives_depends_on_no_other(dtype: str):
     lengths = (3, 150, 1, 40)
     sequences = sequences_of(model, lengths, seed=5)
     states = [model.new_state() for _ in lengths]
-    together = prefill(plan, sequences, states, range(sum(lengths))).split(lengths)
+    together = read_prompt(plan, sequences, states, range(sum(lengths))).split(lengths)
     for ids, logits, state in zip(sequences, together, states, strict=True):
         alone = model.new_state()
-        found = prefill(plan, [ids], [alone], range(len(ids)))
+        found = read_prompt(plan, [ids], [alone], range(len(ids)))
         assert_same_states(state, alone, 0)
         # Logits of few rows are summed as in a step.
         if len(ids) > STEP_ROWS:
@@ -199,7 +207,7 @@ def test_the_number_of_threads_changes_no_bit(threads: int, path: str):
         for count in (1, threads):
             torch.set_num_threads(count)
             states.append([model.new_state() for _ in sequences])
-            found.append(prefill(plan, sequences, states[-1], range(290), path=path))
+            found.append(read_prompt(plan, sequences, states[-1], range(290), path=path))
     finally:
         torch.set_num_threads(before)
     assert torch.equal(*found)
@@ -214,18 +222,18 @@ def test_a_long_prompt_is_read_in_calls_of_bounded_size(monkeypatch: pytest.Monk
     sequences = sequences_of(model, lengths, seed=2)
     wanted = [299, 0, 1004, 300, 640]
     whole = [model.new_state() for _ in lengths]
-    expected = prefill(plan, sequences, whole, wanted)
+    expected = read_prompt(plan, sequences, whole, wanted)
     sizes: list[int] = []
     run = prefill_module.run_prefill
 
-    def counted(model: object, ids: list[int], *rest: object, path: str | None) -> Tensor:
+    def counted(model: object, ids: list[int], *rest: object, **options: object) -> Floats:
         sizes.append(len(ids))
-        return run(model, ids, *rest, path=path)  # type: ignore[arg-type]
+        return run(model, ids, *rest, **options)  # type: ignore[arg-type]
 
     monkeypatch.setattr(prefill_module, "run_prefill", counted)
     monkeypatch.setattr(prefill_module, "CALL_ROWS", 256)
     pieced = [model.new_state() for _ in lengths]
-    assert torch.equal(prefill(plan, sequences, pieced, wanted), expected)
+    assert torch.equal(read_prompt(plan, sequences, pieced, wanted), expected)
     assert sizes == [256, 256, 256, 237]
     for one, other in zip(pieced, whole, strict=True):
         assert_same_states(one, other, 0)
@@ -240,15 +248,15 @@ def test_a_call_that_fails_leaves_every_state_where_it_was(monkeypatch: pytest.M
     run = prefill_module.run_prefill
     calls: list[int] = []
 
-    def failing(*arguments: object, path: str | None) -> Tensor:
+    def failing(*arguments: object, **options: object) -> Floats:
         calls.append(1)
         if len(calls) == 3:
             raise BackendUnavailable("the third call fails")
-        return run(*arguments, path=path)  # type: ignore[arg-type]
+        return run(*arguments, **options)  # type: ignore[arg-type]
 
     monkeypatch.setattr(prefill_module, "run_prefill", failing)
     with pytest.raises(BackendUnavailable, match="third"):
-        prefill(plan, sequences_of(model, (150, 90), seed=3), states, [239])
+        read_prompt(plan, sequences_of(model, (150, 90), seed=3), states, [239])
     for one, other in zip(states, before, strict=True):
         assert_same_states(one, other, 0)
 
@@ -264,10 +272,10 @@ def test_an_activation_that_is_not_finite_is_not_hidden():
 def test_a_row_that_is_not_finite_spoils_no_other_sequence(experts_per_token: int):
     model = shaken_model(SMALL.replace(experts_per_token=experts_per_token))
     sequences = [[3] * 20, [5] * 20, [4] * 20]
-    clean = prefill(plan_of(model), sequences, [model.new_state() for _ in "abc"], range(60))
+    clean = read_prompt(plan_of(model), sequences, [model.new_state() for _ in "abc"], range(60))
     with torch.no_grad():
         model.decoder.embedding.weight[5] = torch.nan
-    found = prefill(plan_of(model), sequences, [model.new_state() for _ in "abc"], range(60))
+    found = read_prompt(plan_of(model), sequences, [model.new_state() for _ in "abc"], range(60))
     assert torch.equal(found[:20], clean[:20])
     assert torch.equal(found[40:], clean[40:])
     assert not found[20:40].isfinite().any()

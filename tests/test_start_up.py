@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from jamba_lm.language_model import embedded_model_path
+from jamba_lm.presets import embedded_model_path
 
 # torch's compiler and what only that needs: as long to import as all the rest.
 COMPILER = ("torch._dynamo", "torch._inductor", "sympy")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -31,6 +33,10 @@ WIDE = SMALL.replace(d_model=64, d_ff=128, d_head=20, num_heads=8, dt_rank=None,
 def plan_of(model: LanguageModel) -> StepPlan:
     assert why_not_plan(model.decoder, model.backend) is None
     return StepPlan(model.config, model.decoder)
+
+
+def run(plan: StepPlan, *arguments: Any, **options: Any) -> Tensor:
+    return torch.from_numpy(plan.run(*arguments, **options))
 
 
 def by_modules(
@@ -70,7 +76,7 @@ def test_a_step_says_what_the_modules_say(arm: str, path: str):
         sequences = [
             random_ids(model.config, count, seed=100 * turn + b) for b, count in enumerate(counts)
         ]
-        found = plan.run(sequences, ours, range(sum(counts)), path=path)
+        found = run(plan, sequences, ours, range(sum(counts)), path=path)
         expected = by_modules(model, sequences, theirs)
         assert_within(found, expected, STEP["fp32"], f"turn {turn}")
         for one, other in zip(ours, theirs, strict=True):
@@ -95,7 +101,7 @@ def test_a_step_in_bfloat16_is_nearer_to_the_exact_than_the_modules(arm: str, pa
             states = [model.new_state() for _ in prompts]
             by_modules(model, prompts, states)
             if name == "step":
-                found = plan.run(tails, states, range(16), path=path)
+                found = run(plan, tails, states, range(16), path=path)
             else:
                 found = by_modules(model, tails, states)
             errors[name].append((found - expected).abs().amax(-1))
@@ -114,7 +120,7 @@ def test_a_step_of_a_quantised_model_says_what_its_modules_say(scheme: str, path
     reference = LanguageModel(config, model.decoder, backend="reference")
     sequences = [random_ids(config, 6), random_ids(config, 9, seed=1)]
     ours, theirs = ([reference.new_state() for _ in sequences] for _ in "ab")
-    found = plan.run(sequences, ours, range(15), path=path)
+    found = run(plan, sequences, ours, range(15), path=path)
     assert_within(found, by_modules(reference, sequences, theirs), STEP["packed"])
 
 
@@ -130,7 +136,7 @@ def test_the_number_of_threads_changes_no_bit(threads: int):
         for count in (1, threads):
             torch.set_num_threads(count)
             states = [state.fork() for state in prompts]
-            results.append(plan.run(sequences, states, range(5)))
+            results.append(run(plan, sequences, states, range(5)))
             results.append(states[0].layers[0].tensors()["scan"])
     finally:
         torch.set_num_threads(before)
@@ -152,10 +158,10 @@ def test_what_a_row_gives_depends_on_no_other_row(counts: list[int], dtype: str,
     plan = plan_of(model)
     lengths = [(seed + 7 * b) % 90 for b in range(len(counts))]
     sequences = [random_ids(model.config, n, seed=seed % 1000 + b) for b, n in enumerate(counts)]
-    together = plan.run(sequences, read_prompts(model, lengths), range(sum(counts)))
+    together = run(plan, sequences, read_prompts(model, lengths), range(sum(counts)))
     alone = []
     for ids, state in zip(sequences, read_prompts(model, lengths), strict=True):
-        alone += [plan.run([[one]], [state], [0]) for one in ids]
+        alone += [run(plan, [[one]], [state], [0]) for one in ids]
     assert torch.equal(together, torch.cat(alone))
 
 
@@ -163,8 +169,8 @@ def test_only_the_rows_asked_for_are_answered():
     model = shaken_model(SMALL)
     plan = plan_of(model)
     ids = random_ids(model.config, 6)
-    every = plan.run([ids], [model.new_state()], range(6))
-    some = plan.run([ids], [model.new_state()], [4, 1])
+    every = run(plan, [ids], [model.new_state()], range(6))
+    some = run(plan, [ids], [model.new_state()], [4, 1])
     assert torch.equal(some, every[[4, 1]])
 
 
@@ -226,7 +232,7 @@ def test_scores_of_two_pieces_of_keys_may_lie_far_apart(path: str):
     with torch.no_grad():
         model.decoder.get_parameter("blocks.2.mixer.q_proj.weight").mul_(1000)
     (state,) = read_prompts(model, [700])
-    logits = plan_of(model).run([[1, 2, 3, 4]], [state], range(4), path=path)
+    logits = run(plan_of(model), [[1, 2, 3, 4]], [state], range(4), path=path)
     assert logits.isfinite().all()
 
 
@@ -236,7 +242,7 @@ def test_a_step_adds_the_models_own_epsilon_in_every_norm(arm: str, path: str):
     # Of the size of what is squared: one norm without it, or with another one, shows.
     model = shaken_model(ARMS[arm].replace(norm_eps=0.5))
     ids = random_ids(model.config, 9)
-    found = plan_of(model).run([ids], [model.new_state()], range(9), path=path)
+    found = run(plan_of(model), [ids], [model.new_state()], range(9), path=path)
     assert_within(found, by_modules(model, [ids], [model.new_state()]), STEP["fp32"])
 
 
@@ -249,7 +255,7 @@ def test_of_equal_experts_the_first_are_chosen(path: str):
                 block.feed_forward.router.weight.zero_()
                 for expert in block.feed_forward.experts[SMALL.experts_per_token :]:
                     expert.down_proj.weight.fill_(torch.nan)
-    logits = plan_of(model).run([[1, 2, 3]], [model.new_state()], range(3), path=path)
+    logits = run(plan_of(model), [[1, 2, 3]], [model.new_state()], range(3), path=path)
     assert logits.isfinite().all()
 
 
@@ -269,7 +275,7 @@ def test_the_library_refuses_a_step_it_has_no_room_for(
     plan = plan_of(model)
     sequences = [[1] * count for count in counts]
     with pytest.raises(BackendUnavailable, match=f"jamba_step: {reason}"):
-        plan.run(sequences, [model.new_state() for _ in counts], rows)
+        run(plan, sequences, [model.new_state() for _ in counts], rows)
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
@@ -361,11 +367,11 @@ def test_an_activation_that_is_not_finite_is_not_hidden():
 def test_a_row_that_is_not_finite_spoils_no_other(path: str, experts_per_token: int):
     model = shaken_model(SMALL.replace(experts_per_token=experts_per_token))
     ids = [[3], [5], [4]]
-    clean = plan_of(model).run(ids, [model.new_state() for _ in ids], range(3), path=path)
+    clean = run(plan_of(model), ids, [model.new_state() for _ in ids], range(3), path=path)
     with torch.no_grad():
         model.decoder.embedding.weight[5] = torch.nan
-    found = plan_of(model).run(ids, [model.new_state() for _ in ids], range(3), path=path)
+    found = run(plan_of(model), ids, [model.new_state() for _ in ids], range(3), path=path)
     assert torch.equal(found[[0, 2]], clean[[0, 2]])
     assert not found[1].isfinite().any()
-    alone = plan_of(model).run([[5]], [model.new_state()], [0], path=path)
+    alone = run(plan_of(model), [[5]], [model.new_state()], [0], path=path)
     assert not alone.isfinite().any()

@@ -13,10 +13,10 @@ if TYPE_CHECKING:
     from jamba_lm.config import JambaConfig as JambaConfig
     from jamba_lm.generation import generate as generate
     from jamba_lm.language_model import LanguageModel as LanguageModel
-    from jamba_lm.language_model import embedded_model_path as embedded_model_path
     from jamba_lm.language_model import from_config as from_config
     from jamba_lm.language_model import load as load
     from jamba_lm.language_model import load_state as load_state
+    from jamba_lm.presets import embedded_model_path as embedded_model_path
     from jamba_lm.sampling import Sampling as Sampling
     from jamba_lm.text.tokenizer import load_tokenizer as load_tokenizer
 
@@ -26,7 +26,7 @@ _HOMES = {
     "JambaConfig": "config",
     "LanguageModel": "language_model",
     "Sampling": "sampling",
-    "embedded_model_path": "language_model",
+    "embedded_model_path": "presets",
     "from_config": "language_model",
     "generate": "generation",
     "load": "language_model",

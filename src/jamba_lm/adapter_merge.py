@@ -19,8 +19,8 @@ from jamba_lm.checkpoint.gguf_config import read_config
 from jamba_lm.checkpoint.gguf_reader import GgufWeights
 from jamba_lm.checkpoint.huggingface import write_decoder
 from jamba_lm.checkpoint.packed_reader import refuse_packed
-from jamba_lm.checkpoint.shards import is_ours
 from jamba_lm.checkpoint.stored_weights import open_weights
+from jamba_lm.checkpoint.weight_layout import is_ours
 from jamba_lm.config import JambaConfig
 from jamba_lm.gguf_file import is_gguf
 from jamba_lm.gguf_parts import open_gguf

@@ -10,14 +10,14 @@ from __future__ import annotations
 import operator
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from jamba_lm.config_json import shown
 from jamba_lm.drafting.lookup import DraftCounts, LookupDrafter
 from jamba_lm.drafting.policy import LONGEST_DRAFT, Wish
 from jamba_lm.errors import InputError
-from jamba_lm.language_model import LanguageModel
-from jamba_lm.model.state import SequenceState
+from jamba_lm.model.sequence_memory import SequenceMemory
+from jamba_lm.readable_model import ReadableModel
 from jamba_lm.sampling import Floats, Sampler, Sampling, log_probabilities
 from jamba_lm.text.stopping import StoppingText
 
@@ -63,7 +63,7 @@ class Request:
     stop_ids: Collection[int] = ()
     stop_strings: Sequence[str] = ()
     num_logprobs: int | None = None
-    state: SequenceState | None = None
+    state: SequenceMemory[Any] | None = None
     draft: str | None = None
     draft_tokens: int | None = None
 
@@ -95,7 +95,7 @@ class GeneratedToken:
 class Continuation:
     """One request on its way: what it still has to read, and what it has said."""
 
-    def __init__(self, model: LanguageModel, request: Request, tokenizer: Tokenizer | None) -> None:
+    def __init__(self, model: ReadableModel, request: Request, tokenizer: Tokenizer | None) -> None:
         _check(request, tokenizer)
         vocab_size = model.config.vocab_size
         self.unread = require_ids(request.prompt_ids, vocab_size)
@@ -104,7 +104,7 @@ class Continuation:
         self.reading = True
         self.done = False
         self._request = request
-        self._ahead: SequenceState | None = None
+        self._ahead: SequenceMemory[Any] | None = None
         self._picked: list[int] = []
         self._num_drafted = self._num_accepted = self._num_calls = 0
         read = [*self.state.ids, *self.unread]
@@ -134,7 +134,7 @@ class Continuation:
         self.draft = [] if self._drafter is None else self._drafter.draft(length)
         return self.draft
 
-    def state_to_move(self) -> SequenceState:
+    def state_to_move(self) -> SequenceMemory[Any]:
         """Return the state that is to read: with a draft a fork, which may go too far."""
         if not self.draft:
             return self.state
@@ -164,7 +164,7 @@ class Continuation:
             return None
         return DraftCounts(self._num_drafted, self._num_accepted, self._num_calls)
 
-    def settle(self, model: LanguageModel) -> None:
+    def settle(self, model: ReadableModel) -> None:
         """Let the state take over what was read and is true, once all but the last was given out.
 
         After a guess that was wrong it goes back to where it was, which costs nothing, and what was

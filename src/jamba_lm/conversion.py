@@ -13,8 +13,8 @@ from jamba_lm.checkpoint.folder import appearing_whole, check_target
 from jamba_lm.checkpoint.gguf_reader import GgufWeights
 from jamba_lm.checkpoint.gguf_writer import FILE_TYPES, write_gguf_model
 from jamba_lm.checkpoint.huggingface import write_decoder
-from jamba_lm.checkpoint.shards import is_ours
 from jamba_lm.checkpoint.stored_weights import open_weights
+from jamba_lm.checkpoint.weight_layout import is_ours
 from jamba_lm.errors import InputError
 from jamba_lm.files import make_folder, path_kind, write_json
 from jamba_lm.gguf_parts import open_gguf

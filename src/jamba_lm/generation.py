@@ -10,21 +10,20 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
-from typing import TYPE_CHECKING
-
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from jamba_lm.continuation import Continuation, require_ids
 from jamba_lm.continuation import GeneratedToken as GeneratedToken
 from jamba_lm.continuation import Request as Request
 from jamba_lm.drafting.policy import DraftPolicy
 from jamba_lm.errors import InputError
-from jamba_lm.language_model import LanguageModel
-from jamba_lm.model.state import SequenceState
+from jamba_lm.model.sequence_memory import SequenceMemory
+from jamba_lm.readable_model import ReadableModel
 from jamba_lm.sampling import Floats, Sampling
 from jamba_lm.stepper import Stepper
 
 if TYPE_CHECKING:
+    from jamba_lm.readable_model import Logits
     from jamba_lm.text.tokenizer import Tokenizer
 
 # Tokens of prompts that one call of the model reads at most. The memory of a call grows with this
@@ -38,7 +37,7 @@ ReportProgress = Callable[[int, int], None]
 
 
 def generate(
-    model: LanguageModel,
+    model: ReadableModel,
     prompt_ids: Sequence[int],
     *,
     max_new_tokens: int = 128,
@@ -46,7 +45,7 @@ def generate(
     stop_ids: Collection[int] = (),
     stop_strings: Sequence[str] = (),
     num_logprobs: int | None = None,
-    state: SequenceState | None = None,
+    state: SequenceMemory[Any] | None = None,
     draft: str | None = None,
     draft_tokens: int | None = None,
     tokenizer: Tokenizer | None = None,
@@ -83,7 +82,7 @@ def generate(
 
 
 def generate_batch(
-    model: LanguageModel,
+    model: ReadableModel,
     requests: Sequence[Request],
     *,
     tokenizer: Tokenizer | None = None,
@@ -122,13 +121,13 @@ def generate_batch(
 
 
 def read_ids(
-    model: LanguageModel,
+    model: ReadableModel,
     ids: Sequence[int],
-    state: SequenceState,
+    state: SequenceMemory[Any],
     *,
     prefill_tokens: int = PREFILL_TOKENS,
     on_prefill: ReportProgress | None = None,
-) -> Tensor:
+) -> Logits:
     """Let `state` read `ids` in pieces, and return the logits after the last one, float32 [V].
 
     Raises:
@@ -144,7 +143,7 @@ def read_ids(
 
 
 def _run(
-    model: LanguageModel,
+    model: ReadableModel,
     sequences: list[Continuation],
     prefill_tokens: int,
     on_prefill: ReportProgress | None,

@@ -221,8 +221,10 @@ class LanguageModel:
             states = batch.states or [self.new_state() for _ in batch.lengths]
             sequences = [ids_M[first:end].tolist() for first, end in batch.spans()]
             if batch.num_rows <= STEP_ROWS:
-                return plan.run(sequences, states, batch.numbers_of(rows))
-            return prefill(plan, sequences, states, batch.numbers_of(rows))
+                logits = plan.run(sequences, states, batch.numbers_of(rows))
+            else:
+                logits = prefill(plan, sequences, states, batch.numbers_of(rows))
+            return torch.from_numpy(logits)
         with torch.no_grad():
             return self.decoder(ids_M, batch, rows=rows)
 
@@ -340,8 +342,3 @@ def load_state(path: str | Path, model: LanguageModel) -> SequenceState:
     state = model.new_state()
     state.restore(path)
     return state
-
-
-def embedded_model_path() -> Path:
-    """Return the folder of the small model that is part of the package."""
-    return Path(__file__).parent / "embedded"

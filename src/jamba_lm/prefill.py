@@ -4,7 +4,7 @@ A call reads all weights once, whatever the number of its tokens, and needs memo
 the pieces are long enough for the first to be little and short enough for the second. Where a
 prompt is cut changes no bit of the result.
 
-Knows the plan of a model and the states of sequences; nothing of modules.
+Knows the plan of a model and the states of sequences; nothing of modules. Needs no torch.
 """
 
 from __future__ import annotations
@@ -12,13 +12,14 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from itertools import accumulate
+from typing import Any
 
-import torch
-from torch import Tensor
+import numpy as np
 
 from jamba_lm.kernels.native_prefill import run_prefill
-from jamba_lm.model.state import SequenceState
-from jamba_lm.step_plan import StepPlan, plan_memories
+from jamba_lm.kernels.native_step import Floats
+from jamba_lm.model.sequence_memory import SequenceMemory
+from jamba_lm.native_plan import NativePlan, plan_memories
 
 # Rows of one call, at most.
 CALL_ROWS = 2048
@@ -31,14 +32,14 @@ _Piece = tuple[int, int, int]
 
 
 def prefill(
-    plan: StepPlan,
+    plan: NativePlan,
     sequences: Sequence[Sequence[int]],
-    states: Sequence[SequenceState],
+    states: Sequence[SequenceMemory[Any]],
     logit_rows: Sequence[int],
     *,
     path: str | None = None,
-) -> Tensor:
-    """Read any number of tokens and return logits, float32 `[len(logit_rows), V]`.
+) -> Floats:
+    """Read any number of tokens and return logits, `[len(logit_rows), V]`.
 
     States move past all tokens together, after the last call: one that fails or is interrupted
     leaves them where they were.
@@ -67,6 +68,7 @@ def prefill(
                 [0, *accumulate(lengths)],
                 memories,
                 [row - first_row for row in rows],
+                threads=plan.threads,
                 path=path,
             )
         )
@@ -75,7 +77,7 @@ def prefill(
         first_row = end_row
     for state, reached, all_ids in zip(states, moved, sequences, strict=True):
         state.move_to(reached, all_ids)
-    logits = found[0] if len(found) == 1 else torch.cat(found)
+    logits = found[0] if len(found) == 1 else np.concatenate(found)
     if rising == list(logit_rows):
         return logits
     return logits[[bisect_left(rising, row) for row in logit_rows]]

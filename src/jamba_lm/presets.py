@@ -1,11 +1,12 @@
 """Models by name: the released ones, the embedded demonstration, and the benchmark shapes.
 
-Only shapes; weights come from elsewhere.
+Only shapes, and where the weights of the embedded one are; others come from elsewhere.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from types import MappingProxyType
 
 from jamba_lm.config import JambaConfig
@@ -82,3 +83,8 @@ def preset(name: str) -> JambaConfig:
             f"no preset {shown(name)} among {', '.join(PRESETS)}{closest(name, PRESETS)}"
         )
     return PRESETS[name]
+
+
+def embedded_model_path() -> Path:
+    """Return the folder of the small model that is part of the package."""
+    return Path(__file__).parent / "embedded"

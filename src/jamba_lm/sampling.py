@@ -15,13 +15,16 @@ import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
-from torch import Tensor
 
 from jamba_lm.config_json import shown
 from jamba_lm.errors import InputError, JambaError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 SEED_LIMIT = 2**63
 # A softmax at a lower temperature cannot be told from an argmax in float32.

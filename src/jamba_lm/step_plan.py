@@ -8,7 +8,6 @@ M rows, B sequences, V vocabulary; the other letters are those of `kernels/ops.p
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from operator import attrgetter, is_
 from typing import Any, cast
 
@@ -18,17 +17,9 @@ from torch import Tensor, nn
 from jamba_lm.config import JambaConfig
 from jamba_lm.errors import BackendUnavailable
 from jamba_lm.kernels import native, ops
-from jamba_lm.kernels.native_matrix import why_not_matrix
-from jamba_lm.kernels.native_step import (
-    KeyMemory,
-    Linear,
-    MambaMemory,
-    MambaVectors,
-    StepLayer,
-    StepModel,
-    StepSizes,
-    run_step,
-)
+from jamba_lm.kernels.native_matrix import describe_matrix, why_not_matrix
+from jamba_lm.kernels.native_step import Floats
+from jamba_lm.kernels.native_structs import Matrix
 from jamba_lm.kernels.packed_weights import Int4Weight, PackedWeight
 from jamba_lm.model.attention import AttentionMixer
 from jamba_lm.model.block import Block
@@ -37,7 +28,8 @@ from jamba_lm.model.mamba import MambaMixer
 from jamba_lm.model.mlp import MLP
 from jamba_lm.model.moe import MoE
 from jamba_lm.model.norm import NoNorm, RMSNorm
-from jamba_lm.model.state import KeyValueState, LayerState, MambaState, SequenceState
+from jamba_lm.native_plan import NativePlan
+from jamba_lm.step_description import LayerShape, describe_model
 
 # What the step has no code for; a decoder of anything else runs module by module.
 _STATE_DTYPES = (torch.float32, torch.bfloat16)
@@ -48,8 +40,8 @@ _VERSION = attrgetter("_version")
 COPIED = ("conv_CW", "log_decay_CN")
 
 
-class StepPlan:
-    """One decoder, ready for steps of at most `STEP_ROWS` tokens.
+class StepPlan(NativePlan):
+    """One decoder, ready for steps of at most `STEP_ROWS` tokens, and for prompts.
 
     Results are those of the decoder to rounding: activations stay float32 from the embedding to
     the logits, where modules round them to the model's dtype, and what a row gives does not depend
@@ -61,28 +53,14 @@ class StepPlan:
 
     def __init__(self, config: JambaConfig, decoder: Decoder) -> None:
         """Describe `decoder`, which `why_not_plan` has nothing against."""
-        head = decoder.embedding if decoder.head is None else decoder.head
-        self.model = StepModel(
-            StepSizes(
-                d_model=config.d_model,
-                vocab_size=config.vocab_size,
-                d_inner=config.d_inner,
-                state_size=config.state_size,
-                conv_width=config.conv_width,
-                dt_rank=config.dt_rank,
-                d_ff=config.d_ff,
-                num_heads=config.num_heads,
-                num_kv_heads=config.num_kv_heads,
-                d_head=config.d_head,
-                experts_per_token=config.experts_per_token if config.num_experts > 1 else 1,
-            ),
-            [_layer(cast(Block, block)) for block in decoder.blocks],
-            decoder.final_norm.weight,
-            _linear(decoder.embedding),
-            _linear(head),
-            dtype=decoder.final_norm.weight.dtype,
-            epsilon=config.norm_eps,
-            attention_scale=config.d_head**-0.5,
+        super().__init__(
+            describe_model(
+                config,
+                [_shape(cast(Block, block)) for block in decoder.blocks],
+                _ModuleWeights(decoder),
+                tied=decoder.head is None,
+                bfloat16=decoder.final_norm.weight.dtype is torch.bfloat16,
+            )
         )
         # Who holds every module, weight and packed weight, under which name.
         self._holders, self._names, self._held = _members(decoder)
@@ -106,65 +84,34 @@ class StepPlan:
             and list(map(_VERSION, self._copied)) == self._versions
         )
 
-    def run(
-        self,
-        sequences: Sequence[Sequence[int]],
-        states: Sequence[SequenceState],
-        logit_rows: Sequence[int],
-        *,
-        path: str | None = None,
-    ) -> Tensor:
-        """Read at most `STEP_ROWS` tokens and return logits, float32 `[len(logit_rows), V]`.
-
-        States move past the tokens together, after the last layer.
-
-        Args:
-            sequences: token ids, in range, none of the lists empty.
-            states: one each, all different.
-            logit_rows: among the rows of all sequences laid end to end.
-            path: forces an instruction set, for tests.
-        """
-        memories, after = plan_memories(states, [len(ids) for ids in sequences])
-        offsets = [0]
-        for ids in sequences:
-            offsets.append(offsets[-1] + len(ids))
-        ids_M = [one for ids in sequences for one in ids]
-        logits = run_step(self.model, ids_M, offsets, memories, logit_rows, path=path)
-        for ids, state, layers in zip(sequences, states, after, strict=True):
-            state.advance(layers, ids)
-        return logits
+    @property
+    def threads(self) -> int:
+        """How many threads the next call is to use: as many as torch does."""
+        return torch.get_num_threads()
 
 
-def _layer(block: Block) -> StepLayer:
-    mixer, feed_forward = block.mixer, block.feed_forward
-    if isinstance(mixer, AttentionMixer):
-        projections = (mixer.q_proj, mixer.k_proj, mixer.v_proj, mixer.o_proj)
-        mamba = None
-    else:
-        assert isinstance(mixer, MambaMixer)
-        projections = (mixer.in_proj, mixer.x_proj, mixer.dt_proj, mixer.out_proj)
-        mamba = MambaVectors(
-            conv_WC=mixer.conv_CW.t(),
-            conv_bias_C=mixer.conv_bias_C,
-            dt_norm_R=_gain(mixer.dt_norm),
-            B_norm_N=_gain(mixer.B_norm),
-            C_norm_N=_gain(mixer.C_norm),
-            dt_bias_C=mixer.dt_bias_C,
-            A_CN=-mixer.log_decay_CN.detach().exp(),
-            skip_C=mixer.skip_C,
-        )
-    first, second, third, fourth = map(_linear, projections)
-    return StepLayer(
-        mixer_norm_D=block.mixer_norm.weight,
-        feed_forward_norm_D=block.feed_forward_norm.weight,
-        projections=(first, second, third, fourth),
-        mamba=mamba,
-        experts=[
-            (_linear(one.gate_proj), _linear(one.up_proj), _linear(one.down_proj))
-            for one in _experts(feed_forward)
-        ],
-        router=_linear(feed_forward.router) if isinstance(feed_forward, MoE) else None,
-    )
+class _ModuleWeights:
+    """The weights of a decoder's modules, where they lie; vectors in copies."""
+
+    def __init__(self, decoder: Decoder) -> None:
+        self._modules = dict(decoder.named_modules())
+
+    def matrix(self, name: str) -> Matrix:
+        module = self._modules[name]
+        bias = getattr(module, "bias", None)
+        return describe_matrix(_weight(module), bias, rows8=getattr(module, "rows8", False))
+
+    def vector(self, name: str) -> Floats | None:
+        holder, _, leaf = name.rpartition(".")
+        x = getattr(self._modules[holder], leaf, None)
+        # A copy, as the description is told when the parameter has changed.
+        return None if x is None else x.detach().to(torch.float32, copy=True).contiguous().numpy()
+
+
+def _shape(block: Block) -> LayerShape:
+    feed_forward = block.feed_forward
+    experts = len(feed_forward.experts) if isinstance(feed_forward, MoE) else 0
+    return LayerShape(isinstance(block.mixer, AttentionMixer), experts)
 
 
 def _experts(feed_forward: nn.Module) -> list[MLP]:
@@ -172,16 +119,6 @@ def _experts(feed_forward: nn.Module) -> list[MLP]:
         return [feed_forward]
     assert isinstance(feed_forward, MoE)
     return [cast(MLP, expert) for expert in feed_forward.experts]
-
-
-def _linear(module: nn.Module) -> Linear:
-    return Linear(
-        _weight(module), getattr(module, "bias", None), rows8=getattr(module, "rows8", False)
-    )
-
-
-def _gain(norm: nn.Module) -> Tensor | None:
-    return norm.weight if isinstance(norm, RMSNorm) else None
 
 
 def why_not_plan(decoder: Decoder, backend: str | None) -> str | None:
@@ -262,39 +199,3 @@ def _members(decoder: Decoder) -> tuple[list[dict[str, Any]], list[str], list[ob
             names += members.keys()
             held += members.values()
     return holders, names, held
-
-
-def plan_memories(
-    states: Sequence[SequenceState], lengths: Sequence[int]
-) -> tuple[list[MambaMemory | KeyMemory], list[list[LayerState]]]:
-    """Make room for what each of `states` will remember after `lengths` more tokens.
-
-    Returns:
-        What the native code reads and writes, layer by layer and within a layer sequence by
-        sequence, and the layers of each state after it.
-    """
-    after = [
-        [_layer_after(layer, length) for layer in state.layers]
-        for state, length in zip(states, lengths, strict=True)
-    ]
-    memories = [
-        _memory(state.layers[index], layers[index])
-        for index in range(len(states[0].layers))
-        for state, layers in zip(states, after, strict=True)
-    ]
-    return memories, after
-
-
-def _layer_after(layer: LayerState, num_tokens: int) -> LayerState:
-    if isinstance(layer, MambaState):
-        return MambaState(torch.empty_like(layer.conv_LC), torch.empty_like(layer.scan_CN))
-    after = layer.fork()
-    after.reserve(num_tokens)
-    return after
-
-
-def _memory(before: LayerState, after: LayerState) -> MambaMemory | KeyMemory:
-    if isinstance(before, MambaState) and isinstance(after, MambaState):
-        return MambaMemory(before.conv_LC, before.scan_CN, after.conv_LC, after.scan_CN)
-    assert isinstance(after, KeyValueState)
-    return KeyMemory(after.block_addresses())

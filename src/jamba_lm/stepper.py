@@ -12,18 +12,29 @@ from __future__ import annotations
 from array import array
 from collections.abc import Sequence
 from itertools import accumulate, islice
+from typing import Any
 
 import numpy as np
-import torch
-from numpy.typing import NDArray
-from torch import Tensor
 
-from jamba_lm.kernels.native_step import MEMORY_WORDS, STEP_ROWS, StepCall, address_of, words
-from jamba_lm.language_model import LanguageModel
-from jamba_lm.model.state import KeyValueState, LayerState, MambaState, SequenceState
-from jamba_lm.step_plan import StepPlan
+from jamba_lm.kernels.native_step import (
+    MEMORY_WORDS,
+    STEP_ROWS,
+    Floats,
+    StepCall,
+    address_of,
+    words,
+)
+from jamba_lm.model.sequence_memory import (
+    KeyValueChain,
+    LayerMemory,
+    Loan,
+    RecurrentMemory,
+    SequenceMemory,
+)
+from jamba_lm.native_plan import NativePlan
+from jamba_lm.readable_model import ReadableModel
 
-Floats = NDArray[np.float32]
+States = Sequence[SequenceMemory[Any]]
 
 # Looking for changes of the weights takes as long as all else around a step.
 CALLS_BETWEEN_CHECKS = 32
@@ -37,10 +48,10 @@ class Stepper:
     Not for two threads at once.
     """
 
-    def __init__(self, model: LanguageModel) -> None:
+    def __init__(self, model: ReadableModel) -> None:
         """Begin with a model, and no sequence yet."""
         self._model = model
-        self._plan: StepPlan | str | None = None
+        self._plan: NativePlan | str | None = None
         self._until_check = 0
         self._company = _Company()
 
@@ -48,7 +59,7 @@ class Stepper:
         self,
         sequences: Sequence[Sequence[int]],
         counts: list[int],
-        states: Sequence[SequenceState],
+        states: States,
     ) -> list[list[Floats]]:
         """Read several sequences, and return the logits after the last few tokens of each.
 
@@ -66,7 +77,7 @@ class Stepper:
         self._until_check -= 1
         if isinstance(self._plan, str) or sum(lengths) > STEP_ROWS:
             found = self._model.last_logits(sequences, counts, states)
-            return [list(logits.numpy(force=True)) for logits in found]
+            return [list(np.asarray(logits)) for logits in found]
         if (lengths, counts) != self._arranged:
             self._arrange(lengths, list(counts))
         memories = self._company.prepare(lengths)
@@ -74,17 +85,17 @@ class Stepper:
         self._company.move(sequences, states)
         return self._logits
 
-    def _meet(self, states: Sequence[SequenceState]) -> None:
+    def _meet(self, states: States) -> None:
         """Look whether the model has changed; the plan may only be told of states that fit it."""
         self._model.require_states(states)
         plan = self._model.step_plan()
-        if plan is not self._plan and isinstance(plan, StepPlan):
-            self._call = StepCall(plan.model)
+        if plan is not self._plan and isinstance(plan, NativePlan):
+            self._call = StepCall(plan.model, plan.threads)
             self._arranged: tuple[list[int], list[int]] | None = None
             self._company = _Company()
         self._plan = plan
         self._until_check = CALLS_BETWEEN_CHECKS
-        if isinstance(plan, StepPlan) and not self._company.knows(states):
+        if isinstance(plan, NativePlan) and not self._company.knows(states):
             self._company.meet(states)
 
     def _arrange(self, lengths: list[int], counts: list[int]) -> None:
@@ -102,35 +113,6 @@ class Stepper:
         self._arranged = (lengths, counts)
 
 
-class _Loan:
-    """Whether somebody else has what lies in a place."""
-
-    __slots__ = ("given",)
-
-    def __init__(self, *, given: bool) -> None:
-        self.given = given
-
-
-class _ReusedMamba(MambaState):
-    """The memory of one Mamba layer in a place that is written again, unless it was given away."""
-
-    __slots__ = ("loan",)
-
-    def __init__(self, conv_LC: Tensor, scan_CN: Tensor, loan: _Loan) -> None:
-        super().__init__(conv_LC, scan_CN)
-        self.loan = loan
-
-    def fork(self) -> MambaState:
-        """Return a state that remembers the same and goes its own way."""
-        self.loan.given = True
-        return super().fork()
-
-    def tensors(self) -> dict[str, Tensor]:
-        """Return what to save."""
-        self.loan.given = True
-        return super().tensors()
-
-
 class _Place:
     """One of two places of a sequence: a step reads what is in one and writes the other.
 
@@ -144,28 +126,21 @@ class _Place:
 
     __slots__ = ("addresses", "attention", "layers", "loan")
 
-    def __init__(self, layers: list[LayerState], loan: _Loan) -> None:
+    def __init__(self, layers: list[LayerMemory], loan: Loan) -> None:
         self.layers = layers
         self.loan = loan
-        self.attention = [one for one in layers if isinstance(one, KeyValueState)]
+        self.attention = [one for one in layers if isinstance(one, KeyValueChain)]
         self.addresses = [
-            (one.conv_LC.data_ptr(), one.scan_CN.data_ptr())
-            if isinstance(one, MambaState)
-            else (0, 0)
-            for one in layers
+            one.addresses if isinstance(one, RecurrentMemory) else (0, 0) for one in layers
         ]
 
     @classmethod
-    def empty(cls, like: Sequence[LayerState]) -> _Place:
+    def empty(cls, like: Sequence[LayerMemory]) -> _Place:
         """Return a place with memory of its own, for a state with layers like these."""
-        loan = _Loan(given=False)
-        layers: list[LayerState] = []
-        for one in like:
-            if isinstance(one, MambaState):
-                tensors = torch.empty_like(one.conv_LC), torch.empty_like(one.scan_CN)
-                layers.append(_ReusedMamba(*tensors, loan))
-            else:
-                layers.append(one.fork())
+        loan = Loan(given=False)
+        layers = [
+            one.blank(loan) if isinstance(one, RecurrentMemory) else one.fork() for one in like
+        ]
         return cls(layers, loan)
 
 
@@ -184,7 +159,7 @@ class _Company:
         self._attention: list[int] = []
         self._blocks: list[array[int]] = []
 
-    def knows(self, states: Sequence[SequenceState]) -> bool:
+    def knows(self, states: States) -> bool:
         """Say whether these are the sequences, nobody moved them and nobody took a copy."""
         if not self._settled or len(states) != len(self._here):
             return False
@@ -213,7 +188,7 @@ class _Company:
                 slot += 1
         return address_of(self._words)
 
-    def move(self, sequences: Sequence[Sequence[int]], states: Sequence[SequenceState]) -> None:
+    def move(self, sequences: Sequence[Sequence[int]], states: States) -> None:
         """Let the states be where the step has written."""
         for ids, state, there in zip(sequences, states, self._there, strict=True):
             state.advance(there.layers, ids)
@@ -221,7 +196,7 @@ class _Company:
         self._words, self._words_back = self._words_back, self._words
         self._settled = True
 
-    def meet(self, states: Sequence[SequenceState]) -> None:
+    def meet(self, states: States) -> None:
         """Find places for these sequences: those they had, as far as they are still their own."""
         pairs = zip(self._here, self._there, strict=True)
         had = {id(here.layers): (here, there) for here, there in pairs}
@@ -230,7 +205,7 @@ class _Company:
             here, there = had.get(id(state.layers), (None, None))
             if here is None:
                 # What somebody else has made is only read.
-                here = _Place(state.layers, _Loan(given=True))
+                here = _Place(state.layers, Loan(given=True))
             if there is None or there.loan.given:
                 there = _Place.empty(state.layers)
             self._here.append(here)
@@ -239,7 +214,7 @@ class _Company:
         self._attention = [
             index * size
             for index, one in enumerate(states[0].layers)
-            if isinstance(one, KeyValueState)
+            if isinstance(one, KeyValueChain)
         ]
         self._blocks = [words(())] * (len(self._attention) * len(states))
         self._words = self._words_back = words(())

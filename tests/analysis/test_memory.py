@@ -30,7 +30,7 @@ from jamba_lm.config import JambaConfig
 from jamba_lm.errors import InputError
 from jamba_lm.language_model import from_config
 from jamba_lm.model.decoder import Decoder
-from jamba_lm.model.state import LARGEST_BLOCK
+from jamba_lm.model.sequence_memory import LARGEST_BLOCK
 from jamba_lm.presets import PRESETS
 from tests.arms import ARMS
 from tests.config_strategies import configs

@@ -17,7 +17,8 @@ import torch
 from jamba_lm.checkpoint.gguf_blocks import decode
 from jamba_lm.conversion import folder_to_gguf
 from jamba_lm.gguf_file import BLOCK_TYPES, GgufFile
-from jamba_lm.language_model import LanguageModel, embedded_model_path, load
+from jamba_lm.language_model import LanguageModel, load
+from jamba_lm.presets import embedded_model_path
 from jamba_lm.tensor_file import TensorFile
 from jamba_lm.text.tokenizer import Tokenizer, load_tokenizer
 from tests.arms import SMALL, shaken_model

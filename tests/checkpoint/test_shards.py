@@ -9,7 +9,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jamba_lm.checkpoint.shards import is_ours, plan_shards
+from jamba_lm.checkpoint.shards import plan_shards
+from jamba_lm.checkpoint.weight_layout import is_ours
 
 SIZES = st.dictionaries(st.text("abcdef", min_size=1), st.integers(1, 50), min_size=1, max_size=20)
 

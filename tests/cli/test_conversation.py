@@ -14,6 +14,7 @@ from jamba_lm.cli.conversation import MAX_POINTS, Conversation
 from jamba_lm.cli.saved_conversation import MESSAGES_FILE
 from jamba_lm.errors import InputError, JambaError, StateError
 from jamba_lm.language_model import LanguageModel, load
+from jamba_lm.native_model import NativeModel, open_native
 from jamba_lm.sampling import Sampling
 from jamba_lm.stepper import Stepper
 from jamba_lm.text.tokenizer import load_tokenizer
@@ -165,6 +166,40 @@ def test_everything_can_be_undone_and_said_again(talk):
     with pytest.raises(InputError, match="nothing to undo"):
         talk.undo()
     assert [say(talk, question) for question in QUESTIONS] == answers
+
+
+def test_a_model_without_torch_talks_keeps_and_loads_alike(folder, tmp_path):
+    tokenizer, opened = load_tokenizer(folder), []
+    native = open_native(folder)
+    assert isinstance(native, NativeModel)
+
+    def reopen() -> LanguageModel:
+        opened.append(1)
+        return load(folder)
+
+    ours = Conversation(native, tokenizer, reopen=reopen)
+    theirs = Conversation(load(folder), tokenizer)
+    for talk in (ours, theirs):
+        say(talk, "something else")
+        again(talk, seed=4)
+        talk.undo()
+    first, second, third = QUESTIONS[:3]
+    assert say(ours, first) == say(theirs, first)
+    assert not opened
+    ours.save(tmp_path / "ours")
+    theirs.save(tmp_path / "theirs")
+    (ours_file,) = (tmp_path / "ours").glob("state-*")
+    (theirs_file,) = (tmp_path / "theirs").glob("state-*")
+    assert ours_file.read_bytes() == theirs_file.read_bytes()
+    # What was kept is gone on with here, and by whoever loads it.
+    assert say(ours, second) == say(theirs, second)
+    ours.load(tmp_path / "theirs")
+    other = Conversation(load(folder), tokenizer)
+    other.load(tmp_path / "ours")
+    assert say(ours, second) == say(other, second)
+    assert ours.messages == theirs.messages == other.messages
+    assert say(ours, third) == say(theirs, third)
+    assert len(opened) == 2
 
 
 def test_undo_goes_further_back_than_there_are_points(talk):

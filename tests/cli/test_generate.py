@@ -362,8 +362,12 @@ def start(*arguments: str) -> subprocess.Popen:
     )
 
 
+# What was said becomes likelier each time, so that no text of a small model ends by itself.
+ENDLESS = ("--prompt", PROMPT, "--max-tokens", "1000000", "--frequency-penalty", "-2")
+
+
 def test_ctrl_c_keeps_what_was_written(tiny_checkpoint):
-    run = start("generate", str(tiny_checkpoint), "--prompt", PROMPT, "--max-tokens", "1000000")
+    run = start("generate", str(tiny_checkpoint), *ENDLESS)
     first = run.stdout.read(20)
     run.send_signal(signal.SIGINT)
     rest, errors = run.communicate(timeout=60)
@@ -375,10 +379,7 @@ def test_ctrl_c_keeps_what_was_written(tiny_checkpoint):
 
 
 def test_ctrl_c_under_json_still_gives_the_object(tiny_checkpoint):
-    run = start(
-        *("generate", str(tiny_checkpoint), "--prompt", PROMPT, "--max-tokens", "1000000"),
-        *("--json", "--temperature", "2"),
-    )
+    run = start("generate", str(tiny_checkpoint), *ENDLESS, "--json", "--temperature", "2")
     run.stderr.readline()
     assert run.stderr.read(30)
     run.send_signal(signal.SIGINT)

@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jamba_lm.kernels.library import loaded_library
-from jamba_lm.kernels.native_products import FEW_ROWS, float_linear
+from jamba_lm.kernels.native_products import float_linear
+from jamba_lm.kernels.native_structs import FEW_ROWS
 from jamba_lm.kernels.packed_weights import Int4Weight, Int8Weight
 from tests.kernels.matrices import KINDS, fits, matrix_of
 from tests.kernels.thread_counts import same_bits_with_any_threads

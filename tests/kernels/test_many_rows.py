@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from jamba_lm.kernels.library import loaded_library
-from jamba_lm.kernels.native_products import FEW_ROWS, float_linear
+from jamba_lm.kernels.native_products import float_linear
+from jamba_lm.kernels.native_structs import FEW_ROWS
 from jamba_lm.kernels.packed_weights import Int8Weight
 from tests.kernels.matrices import KINDS, matrix_of
 from tests.kernels.thread_counts import same_bits_with_any_threads

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from jamba_lm.kernels.library import evaluate
+from jamba_lm.kernels.tensors import evaluate
 from tests.kernels.scan_cases import PATHS
 from tests.tolerances import VECTOR_FUNCTIONS
 

@@ -15,7 +15,8 @@ import jamba_lm
 from jamba_lm.errors import InputError, StateError
 from jamba_lm.language_model import LanguageModel
 from jamba_lm.model.batch import Batch
-from jamba_lm.model.state import LARGEST_BLOCK, KeyValueState, SequenceState
+from jamba_lm.model.sequence_memory import LARGEST_BLOCK
+from jamba_lm.model.state import KeyValueState, SequenceState
 from tests.arms import SMALL, random_ids, shaken_model
 from tests.tolerances import ANY_SPLIT, assert_within
 

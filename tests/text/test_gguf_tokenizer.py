@@ -17,7 +17,7 @@ from tokenizers import decoders, pre_tokenizers, trainers
 from jamba_lm.errors import JambaError, TokenizerError
 from jamba_lm.gguf_file import GgufFile
 from jamba_lm.gguf_output import Typed, write_gguf
-from jamba_lm.language_model import embedded_model_path
+from jamba_lm.presets import embedded_model_path
 from jamba_lm.text.gguf_tokenizer import folder_files, open_documents
 from jamba_lm.text.gguf_vocabulary import WHOLE_FILE, merge_scores, no_vocabulary, read_vocabulary
 from jamba_lm.text.pre_tokenizers import CUTS, as_pre_tokenizer, cut_of, named_cut

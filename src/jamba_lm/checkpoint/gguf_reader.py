@@ -24,7 +24,7 @@ from jamba_lm.errors import CheckpointError
 from jamba_lm.gguf_file import GgufFile
 from jamba_lm.gguf_parts import open_gguf
 from jamba_lm.model.decoder import Decoder
-from jamba_lm.model.mamba import KEPT_WIDE
+from jamba_lm.model.parameters import KEPT_WIDE
 
 
 class GgufWeights(Mapping[str, Tensor]):

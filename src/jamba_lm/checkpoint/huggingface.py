@@ -27,12 +27,13 @@ from jamba_lm.checkpoint.rename import (
     public_shape,
     source_shape,
 )
-from jamba_lm.checkpoint.shards import WeightFiles, is_ours, plan_shards, write_index
+from jamba_lm.checkpoint.shards import WeightFiles, plan_shards, write_index
+from jamba_lm.checkpoint.weight_layout import is_ours
 from jamba_lm.config import JambaConfig
 from jamba_lm.errors import CapacityError, CheckpointError, InputError
 from jamba_lm.files import write_json
 from jamba_lm.model.decoder import Decoder
-from jamba_lm.model.mamba import KEPT_WIDE
+from jamba_lm.model.parameters import KEPT_WIDE
 from jamba_lm.tensor_file import write_tensor_stream
 
 logger = logging.getLogger(__name__)

@@ -30,7 +30,7 @@ from jamba_lm.config import JambaConfig, read_config_json
 from jamba_lm.errors import CheckpointError, InputError
 from jamba_lm.kernels.packed_weights import Int4Weight, Int8Weight, PackedWeight
 from jamba_lm.model.decoder import Decoder
-from jamba_lm.model.mamba import KEPT_WIDE
+from jamba_lm.model.parameters import KEPT_WIDE
 from jamba_lm.quantization.policy import Packing, Scheme, read_scheme
 from jamba_lm.quantization.rewrite import Progress, place_packed, quantize_weight
 

@@ -22,13 +22,14 @@ from jamba_lm.checkpoint.huggingface import (
 )
 from jamba_lm.checkpoint.packed_reader import StreamedWeights, refuse_packed
 from jamba_lm.checkpoint.rename import Shape, public_name, public_shape
-from jamba_lm.checkpoint.shards import is_ours, plan_shards, write_index
+from jamba_lm.checkpoint.shards import plan_shards, write_index
+from jamba_lm.checkpoint.weight_layout import is_ours
 from jamba_lm.config import JambaConfig
 from jamba_lm.config_json import write_fields
 from jamba_lm.errors import InputError
 from jamba_lm.files import write_atomic, write_json
 from jamba_lm.model.decoder import Decoder
-from jamba_lm.model.mamba import KEPT_WIDE
+from jamba_lm.model.parameters import KEPT_WIDE
 from jamba_lm.quantization.policy import Packing, Scheme
 from jamba_lm.quantization.rewrite import quantize_weight, stored_tensors
 from jamba_lm.tensor_file import TensorSpec, write_tensors_as_made

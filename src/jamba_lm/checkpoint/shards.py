@@ -5,7 +5,6 @@ Knows the file layout of Hugging Face folders; knows nothing of what the tensors
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import TracebackType
@@ -14,18 +13,11 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from jamba_lm.checkpoint.diagnosis import listed, shown
+from jamba_lm.checkpoint.diagnosis import listed
+from jamba_lm.checkpoint.weight_layout import INDEX, SINGLE, find_weight_files
 from jamba_lm.errors import CheckpointError
-from jamba_lm.files import read_json, write_json
+from jamba_lm.files import write_json
 from jamba_lm.tensor_file import TensorFile
-
-SINGLE = "model.safetensors"
-INDEX = "model.safetensors.index.json"
-PICKLES = re.compile(r".*\.(bin|pt|pth|pkl|ckpt)")
-OURS = re.compile(
-    r"model(-[0-9]{5}-of-[0-9]{5})?\.safetensors|model\.safetensors\.index\.json"
-    r"|(generation_)?config\.json"
-)
 
 
 class WeightFiles:
@@ -43,18 +35,8 @@ class WeightFiles:
             CheckpointError: no safetensors file, both layouts at once, an index that names a
                 file outside the folder or disagrees with the shards, or a damaged file.
         """
-        folder = Path(folder)
-        single, index = folder / SINGLE, folder / INDEX
-        if single.exists() and index.exists():
-            raise CheckpointError(
-                f"{str(folder)!r} holds both {SINGLE} and {INDEX}: "
-                "remove the one that does not belong to this model"
-            )
-        if single.exists():
-            return cls([_open(single)])
-        if index.exists():
-            return cls(_open_shards(folder, index))
-        raise CheckpointError(f"no weights in {str(folder)!r}: {_what_is_there(folder)}")
+        found = find_weight_files(Path(folder))
+        return cls([_open(path, names) for path, names in found.items()])
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -87,68 +69,17 @@ class WeightFiles:
             file.close()
 
 
-def _open(path: Path) -> TensorFile:
-    return TensorFile(path, error=CheckpointError)
-
-
-def _open_shards(folder: Path, index: Path) -> list[TensorFile]:
-    weight_map = read_json(index, "weight index", CheckpointError).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
+def _open(path: Path, names: frozenset[str] | None) -> TensorFile:
+    file = TensorFile(path, error=CheckpointError)
+    stored = set(file.names)
+    if names is not None and stored != names:
+        lacks, extra = sorted(names - stored), sorted(stored - names)
         raise CheckpointError(
-            f"weight index {str(index)!r} has no 'weight_map' of tensor names to file names"
+            f"shard {str(path)!r} disagrees with {INDEX}: "
+            + (f"it lacks {listed(lacks)}" if lacks else f"it also holds {listed(extra)}")
+            + "; do all files come from the same checkpoint?"
         )
-    expected: dict[str, set[str]] = {}
-    for name, shard in weight_map.items():
-        if not isinstance(shard, str) or not _is_plain_file_name(shard):
-            raise CheckpointError(
-                f"weight index {str(index)!r} puts {shown(name)} into {shown(str(shard))!r}: "
-                "expected the plain name of a .safetensors file in the same folder"
-            )
-        expected.setdefault(shard, set()).add(name)
-    absent = sorted(shard for shard in expected if not (folder / shard).is_file())
-    if absent:
-        raise CheckpointError(
-            f"{len(absent)} of the {len(expected)} shards in {str(index)!r} are not there: "
-            f"{listed(absent)}; is the download complete?"
-        )
-    files = []
-    for shard, names in sorted(expected.items()):
-        file = _open(folder / shard)
-        files.append(file)
-        stored = set(file.names)
-        if stored != names:
-            lacks, extra = sorted(names - stored), sorted(stored - names)
-            raise CheckpointError(
-                f"shard {str(folder / shard)!r} disagrees with {INDEX}: "
-                + (f"it lacks {listed(lacks)}" if lacks else f"it also holds {listed(extra)}")
-                + "; do all files come from the same checkpoint?"
-            )
-    return files
-
-
-def _is_plain_file_name(name: str) -> bool:
-    # Symbolic links are the user's own (the Hugging Face cache is made of them); what an index
-    # from elsewhere may not do is to spell a path.
-    return re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,200}\.safetensors", name) is not None
-
-
-def _what_is_there(folder: Path) -> str:
-    names = sorted(entry.name for entry in folder.iterdir())
-    pickles = [name for name in names if PICKLES.fullmatch(name)]
-    if pickles:
-        return (
-            f"{listed(pickles)} are pickle files, which can run any code when read and so never "
-            "are; save the model as safetensors where you trust it (transformers' "
-            "save_pretrained does)"
-        )
-    others = [name for name in names if name.endswith((".safetensors", ".gguf"))]
-    found = f", found {listed(others)}" if others else ""
-    return f"expected {SINGLE}, or {INDEX} and its shards{found}"
-
-
-def is_ours(name: str) -> bool:
-    """Tell whether a file of this name is part of what a checkpoint's writing replaces."""
-    return OURS.fullmatch(name) is not None
+    return file
 
 
 def plan_shards(

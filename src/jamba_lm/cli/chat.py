@@ -6,6 +6,7 @@ import signal
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import TYPE_CHECKING, Annotated, Any, Self
@@ -22,6 +23,7 @@ from jamba_lm.cli.options import (
     ThreadsOption,
     model_folder,
     open_model,
+    open_readable,
 )
 from jamba_lm.cli.output import Output
 from jamba_lm.cli.sampling_options import (
@@ -115,9 +117,15 @@ def chat(
         raise InputError("--load and --system are both given: a kept conversation has its own")
     output = Output(json_wanted)
     tokenizer = load_tokenizer(folder)
-    language_model = open_model(model, dtype, backend, threads, quantize, adapter)
+    wishes = (model, dtype, backend, threads, quantize, adapter)
+    language_model = open_readable(*wishes)
     conversation = Conversation(
-        language_model, tokenizer, system=system, draft=draft, prefill_tokens=prefill_tokens
+        language_model,
+        tokenizer,
+        reopen=partial(open_model, *wishes),
+        system=system,
+        draft=draft,
+        prefill_tokens=prefill_tokens,
     )
     output.note(draw_layers(language_model.config))
     if not conversation.has_template:

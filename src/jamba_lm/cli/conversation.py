@@ -10,10 +10,10 @@ Does not know terminals.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from jamba_lm.cli.saved_conversation import (
     SavedConversation,
@@ -29,10 +29,14 @@ from jamba_lm.generation import (
     generate,
     read_ids,
 )
-from jamba_lm.language_model import LanguageModel
-from jamba_lm.model.state import SequenceState
+from jamba_lm.model.sequence_memory import SequenceMemory
+from jamba_lm.readable_model import ReadableModel
 from jamba_lm.sampling import Sampling
 from jamba_lm.text.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from jamba_lm.language_model import LanguageModel
+    from jamba_lm.model.state import SequenceState
 
 # Points to which /undo, or a rewriting template, can go back without reading anything again. Each
 # costs as much memory as the states of the Mamba layers: 9 to 75 MiB in the published models.
@@ -50,7 +54,7 @@ class Point:
         unread: ids of it that the state has not read.
     """
 
-    state: SequenceState
+    state: SequenceMemory[Any]
     asked: Any
     said: str | None
     unread: tuple[int, ...]
@@ -66,9 +70,10 @@ class Conversation:
 
     def __init__(
         self,
-        model: LanguageModel,
+        model: ReadableModel,
         tokenizer: Tokenizer,
         *,
+        reopen: Callable[[], LanguageModel] | None = None,
         system: str | None = None,
         draft: str | None = None,
         prefill_tokens: int = PREFILL_TOKENS,
@@ -78,6 +83,8 @@ class Conversation:
         Args:
             model: answers.
             tokenizer: that of the model.
+            reopen: opens the same model as one whose states are saved and loaded; None where
+                `model` is such a one.
             system: the system message, or None.
             draft: how answers are drafted, as in `generation.Request`.
             prefill_tokens: how much is read at once.
@@ -95,6 +102,7 @@ class Conversation:
             self.messages.append({"role": "system", "content": system})
         self.num_read = 0
         self._model = model
+        self._reopen = reopen
         self._tokenizer = tokenizer
         self._draft = draft
         self._prefill_tokens = prefill_tokens
@@ -263,7 +271,7 @@ class Conversation:
             folder,
             SavedConversation(
                 messages=self.messages,
-                state=self._state,
+                state=self._state_to_save(),
                 unread=self._unread,
                 answered=self._said is not None,
             ),
@@ -275,7 +283,8 @@ class Conversation:
         Raises:
             StateError: there is none, it is damaged, or it belongs to another model.
         """
-        saved = load_conversation(folder, self._model)
+        model = self._with_files()
+        saved = load_conversation(folder, model)
         asked = saved.messages[:-1] if saved.answered else saved.messages
         self._asked = (
             self._script.whole(asked) if saved.state.num_tokens else self._script.nothing()
@@ -283,3 +292,22 @@ class Conversation:
         self._said = saved.messages[-1]["content"] if saved.answered else None
         self.messages, self._state, self._unread = saved.messages, saved.state, saved.unread
         self._points, self._before_answer = [], None
+        # Nothing is left that another model remembers.
+        self._model = model
+
+    def _with_files(self) -> LanguageModel:
+        from jamba_lm.language_model import LanguageModel
+
+        if isinstance(self._model, LanguageModel):
+            return self._model
+        assert self._reopen is not None
+        return self._reopen()
+
+    def _state_to_save(self) -> SequenceState:
+        from jamba_lm.model.state import SequenceState
+
+        if isinstance(self._state, SequenceState):
+            return self._state
+        state = self._with_files().new_state()
+        state.read_arrays(self._state)
+        return state

@@ -102,7 +102,7 @@ def examine() -> Findings:
     """Look at the machine, the installed packages and the kernels."""
     import torch
 
-    from jamba_lm.kernels.ops import requested_backend
+    from jamba_lm.kernels.choice import requested_backend
     from jamba_lm.kernels.report import library_report, servings
 
     return Findings(

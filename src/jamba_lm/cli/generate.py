@@ -17,7 +17,7 @@ from jamba_lm.cli.options import (
     QuantizeOption,
     ThreadsOption,
     model_folder,
-    open_model,
+    open_readable,
 )
 from jamba_lm.cli.sampling_options import (
     DEFAULT_PREFILL_TOKENS,
@@ -128,7 +128,7 @@ def generate(
 
     started = time.perf_counter()
     tokenizer = load_tokenizer(folder)
-    language_model = open_model(model, dtype, backend, threads, quantize, adapter)
+    language_model = open_readable(model, dtype, backend, threads, quantize, adapter)
     load_seconds = time.perf_counter() - started
     said = [{"role": "user", "content": text}]
     if system is not None:

@@ -1,6 +1,6 @@
 """The options that several commands share, and how a command opens the model it was given.
 
-Imports torch only when a model is opened.
+Imports torch only when a model is opened that needs it.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from jamba_lm.files import path_kind
 
 if TYPE_CHECKING:
     from jamba_lm.language_model import LanguageModel
+    from jamba_lm.readable_model import ReadableModel
 
 # The name that stands for the model inside the package.
 EMBEDDED = "demo"
@@ -72,7 +73,7 @@ def named_path(name: str) -> Path:
     """Return the path that MODEL or TOKENIZER names, whether or not something is there."""
     if name != EMBEDDED:
         return Path(name)
-    from jamba_lm.language_model import embedded_model_path
+    from jamba_lm.presets import embedded_model_path
 
     return embedded_model_path()
 
@@ -98,13 +99,17 @@ def use_threads(threads: int | None) -> None:
     Raises:
         InputError: fewer than one, or more than any machine has.
     """
+    _check_threads(threads)
     if threads is None:
         return
-    if not 1 <= threads <= 1024:
-        raise InputError(f"--threads is {threads}: expected a number of CPU threads from 1 to 1024")
     import torch
 
     torch.set_num_threads(threads)
+
+
+def _check_threads(threads: int | None) -> None:
+    if threads is not None and not 1 <= threads <= 1024:
+        raise InputError(f"--threads is {threads}: expected a number of CPU threads from 1 to 1024")
 
 
 def open_model(
@@ -122,3 +127,26 @@ def open_model(
     return load(
         model_folder(model), dtype=dtype, backend=backend, quantize=quantize, adapter=adapter
     )
+
+
+def open_readable(
+    model: str,
+    dtype: str,
+    backend: str | None,
+    threads: int | None,
+    quantize: str | None = None,
+    adapter: Path | None = None,
+) -> ReadableModel:
+    """Load the model that MODEL names to generate text with it, as fast as that can be.
+
+    Without torch, whose import takes longer than all else, where nothing that was asked for and
+    nothing about the checkpoint needs it.
+    """
+    _check_threads(threads)
+    if dtype == "auto" and quantize is None and adapter is None:
+        from jamba_lm.native_model import open_native
+
+        found = open_native(model_folder(model), backend=backend, threads=threads)
+        if not isinstance(found, str):
+            return found
+    return open_model(model, dtype, backend, threads, quantize, adapter)

@@ -9,13 +9,15 @@ import re
 import secrets
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from jamba_lm.cli.script import Message
 from jamba_lm.errors import StateError
 from jamba_lm.files import make_folder, read_json, write_json
-from jamba_lm.language_model import LanguageModel, load_state
-from jamba_lm.model.state import SequenceState
+
+if TYPE_CHECKING:
+    from jamba_lm.language_model import LanguageModel
+    from jamba_lm.model.state import SequenceState
 
 MESSAGES_FILE = "conversation.json"
 FILE_FORMAT = "jamba_lm.conversation.1"
@@ -99,6 +101,8 @@ def load_conversation(folder: Path, model: LanguageModel) -> SavedConversation:
                 f"{str(path)!r} is not a saved conversation of this model: expected what /save "
                 f"writes ({FILE_FORMAT})"
             )
+    from jamba_lm.language_model import load_state
+
     state = load_state(folder / state_file, model)
     if state.num_tokens != num_tokens:
         raise StateError(

@@ -32,8 +32,9 @@ from jamba_lm.finetuning.low_rank import (
 from jamba_lm.finetuning.packing import ExampleStream, batches_in_order
 from jamba_lm.finetuning.recipe import TUNING_SECTIONS, TuningRecipe
 from jamba_lm.finetuning.recipe_file import EMBEDDED
-from jamba_lm.language_model import LanguageModel, embedded_model_path, load
+from jamba_lm.language_model import LanguageModel, load
 from jamba_lm.model.decoder import Decoder
+from jamba_lm.presets import embedded_model_path
 from jamba_lm.quantization.rewrite import dequantize_decoder
 from jamba_lm.text.tokenizer import Tokenizer, load_tokenizer
 from jamba_lm.text.tokenizer_copy import copy_tokenizer_files

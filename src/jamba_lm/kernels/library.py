@@ -1,17 +1,17 @@
 """The shared library of CPU kernels: where it is, whether it fits, which instruction sets it has.
 
-It knows no operation; the files named `native_*` call the functions it loads.
+It knows no operation; the files named `native_*` call the functions it loads. Needs no torch, whose
+import takes longer than everything else that a small model does in a short run.
 """
 
 from __future__ import annotations
 
 import ctypes
 import functools
+import os
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
-
-import torch
-from torch import Tensor
 
 from jamba_lm.errors import BackendUnavailable
 
@@ -88,6 +88,7 @@ def find_library(path: Path = LIBRARY_PATH) -> Library | str:
             f"{path.name} was not built (in a checkout run `make native`; otherwise install again "
             "where there is a C++ compiler)"
         )
+    _load_torch_threads()
     try:
         handle = ctypes.CDLL(str(path))
     except OSError as error:
@@ -111,6 +112,19 @@ def find_library(path: Path = LIBRARY_PATH) -> Library | str:
     return Library(handle=handle, paths=tuple(paths), paths_here=here)
 
 
+def _load_torch_threads() -> None:
+    """Load the OpenMP that came with torch, if one did, so that there is one pool of threads.
+
+    Whoever comes first decides which copy of that name serves everybody, and torch is not always
+    the first. It may also be the only copy on the machine.
+    """
+    torch = find_spec("torch")
+    for folder in () if torch is None else torch.submodule_search_locations or ():
+        copy = Path(folder) / "lib" / "libgomp.so.1"
+        if copy.is_file():
+            ctypes.CDLL(str(copy))
+
+
 def loaded_library() -> Library:
     """Return the library.
 
@@ -123,34 +137,30 @@ def loaded_library() -> Library:
     return found
 
 
-def address(x: Tensor | None) -> int:
-    """Return where the values of `x` begin, 0 for None: a null pointer in C."""
-    return 0 if x is None else x.data_ptr()
+def default_threads(library: Library) -> int:
+    """Return how many threads to compute with when nobody says: as many as torch would take.
+
+    As many as OpenMP does, which asks its own variables and which processors this process may use,
+    but one for each core: two threads on one core wait for the same arithmetic.
+    """
+    try:
+        most = int(library.handle.omp_get_max_threads())
+    except AttributeError:
+        # Built without OpenMP.
+        return 1
+    return max(1, min(most, _num_cores()))
 
 
-def with_unit_columns(x: Tensor) -> Tensor:
-    """Return `x`, copied only when neighbours of a row do not lie side by side."""
-    return x if x.stride(-1) == 1 else x.contiguous()
-
-
-def gradient_is_needed(*tensors: Tensor | None) -> bool:
-    """Say whether autograd will ask for the gradient of any of `tensors`."""
-    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
-
-
-# JAMBA_EXP2 .. JAMBA_SIGMOID of native/jamba_kernels.h.
-_VECTOR_FUNCTIONS = ("exp2", "exp", "softplus", "sigmoid")
-
-
-def evaluate(path: str, function: str, x: Tensor) -> Tensor:
-    """Apply a vector function of the kernels to contiguous float32 `x`, for tests of its error."""
-    library = loaded_library()
-    y = torch.empty_like(x)
-    library.handle.jamba_vector_function(
-        library.path_code(path),
-        _VECTOR_FUNCTIONS.index(function),
-        x.data_ptr(),
-        y.data_ptr(),
-        x.numel(),
-    )
-    return y
+def _num_cores() -> int:
+    """Count the cores among the processors that this process may use."""
+    if not hasattr(os, "sched_getaffinity"):
+        return os.cpu_count() or 1
+    cores = set()
+    for processor in os.sched_getaffinity(0):
+        siblings = Path(f"/sys/devices/system/cpu/cpu{processor}/topology/thread_siblings_list")
+        try:
+            cores.add(siblings.read_text(encoding="ascii").strip())
+        except OSError:
+            # A system that does not tell.
+            cores.add(str(processor))
+    return len(cores)

@@ -8,11 +8,11 @@ from __future__ import annotations
 from array import array
 from collections.abc import Sequence
 
-import torch
-from torch import Tensor
+import numpy as np
 
 from jamba_lm.kernels.library import loaded_library
 from jamba_lm.kernels.native_step import (
+    Floats,
     KeyMemory,
     MambaMemory,
     StepModel,
@@ -29,9 +29,10 @@ def run_prefill(
     memories: Sequence[MambaMemory | KeyMemory],
     logit_rows: Sequence[int],
     *,
+    threads: int,
     path: str | None = None,
-) -> Tensor:
-    """Run every layer and return the logits after `logit_rows`, float32 `[len(logit_rows), V]`.
+) -> Floats:
+    """Run every layer and return the logits after `logit_rows`, `[len(logit_rows), V]`.
 
     Working memory grows with M: some 60 KB for each token of a model of 3 billion parameters.
 
@@ -41,13 +42,14 @@ def run_prefill(
         offsets: B+1 numbers: where each sequence starts, and M.
         memories: layer by layer, and within a layer sequence by sequence.
         logit_rows: rows whose logits are wanted, at most M; may be none.
+        threads: to compute with.
         path: forces an instruction set, for tests.
 
     Raises:
         BackendUnavailable: the library refused.
     """
     library = loaded_library()
-    logits = torch.empty(len(logit_rows), model.vocab_size)
+    logits = np.empty((len(logit_rows), model.vocab_size), dtype=np.float32)
     blocks: list[array[int]] = []
     remembered = words(number for one in memories for number in memory_words(one, blocks))
     bounds, ids, rows = words(offsets), words(ids_M), words(logit_rows)
@@ -55,7 +57,7 @@ def run_prefill(
     call = words(
         (
             library.path_code(path),
-            torch.get_num_threads(),
+            threads,
             model.address,
             len(offsets) - 1,
             len(ids_M),
@@ -64,7 +66,7 @@ def run_prefill(
             address_of(remembered),
             len(logit_rows),
             address_of(rows),
-            logits.data_ptr(),
+            logits.ctypes.data,
         )
     )
     library.call("jamba_prefill", call.tobytes())

@@ -11,12 +11,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from jamba_lm.kernels.library import gradient_is_needed, loaded_library, with_unit_columns
-from jamba_lm.kernels.native_matrix import MatrixStruct, describe_matrix
+from jamba_lm.kernels.library import loaded_library
+from jamba_lm.kernels.native_matrix import describe_matrix
+from jamba_lm.kernels.native_structs import MatrixStruct
 from jamba_lm.kernels.packed_weights import PackedWeight
-
-# JAMBA_STEP_ROWS: up to so many rows, reading the matrix costs more than multiplying.
-FEW_ROWS = 16
+from jamba_lm.kernels.tensors import gradient_is_needed, with_unit_columns
 
 # JAMBA_U: set where the rows are bfloat16.
 _BFLOAT16 = 1
@@ -74,7 +73,7 @@ def float_linear(
     y_MO = x_MI.new_empty((x_MI.shape[0], weight.shape[0]))
     if not y_MO.numel():
         return y_MO
-    keep: list[Tensor] = []
+    matrix = describe_matrix(weight, bias_O, rows8=rows8)
     call = _Product(
         code,
         torch.get_num_threads(),
@@ -83,7 +82,7 @@ def float_linear(
         x_MI.data_ptr(),
         x_MI.stride(0),
         y_MO.data_ptr(),
-        describe_matrix(weight, bias_O, keep, rows8=rows8),
+        matrix.struct,
     )
     loaded_library().call("jamba_product", bytes(call))
     return y_MO
@@ -93,13 +92,13 @@ def unpack(weight: PackedWeight, dtype: torch.dtype, *, path: str | None = None)
     """Return the matrix `[O, I]` that `weight` stands for, in float32 or bfloat16."""
     code = loaded_library().path_code(path)
     out_OI = torch.empty(weight.shape, dtype=dtype)
-    keep: list[Tensor] = []
+    matrix = describe_matrix(weight, None)
     call = _Unpack(
         code,
         torch.get_num_threads(),
         _BFLOAT16 if dtype is torch.bfloat16 else 0,
         out_OI.data_ptr(),
-        describe_matrix(weight, None, keep),
+        matrix.struct,
     )
     loaded_library().call("jamba_unpack", bytes(call))
     return out_OI

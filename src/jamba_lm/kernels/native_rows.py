@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from jamba_lm.kernels.library import gradient_is_needed, loaded_library, with_unit_columns
+from jamba_lm.kernels.library import loaded_library
+from jamba_lm.kernels.tensors import gradient_is_needed, with_unit_columns
 
 # The structs of native/jamba_kernels.h: 8-byte members only.
 _NORM = struct.Struct("=8qd2q")

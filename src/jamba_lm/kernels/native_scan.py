@@ -14,12 +14,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from jamba_lm.kernels.library import (
-    address,
-    gradient_is_needed,
-    loaded_library,
-    with_unit_columns,
-)
+from jamba_lm.kernels.library import loaded_library
+from jamba_lm.kernels.tensors import address, gradient_is_needed, with_unit_columns
 
 # jamba_scan_call and jamba_scan_backward_call of native/jamba_kernels.h: 8-byte members only.
 _FORWARD = struct.Struct("=23q")

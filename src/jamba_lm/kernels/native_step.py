@@ -1,6 +1,6 @@
 """All layers for a few tokens in one native call: what it is told of a model, and the call.
 
-Knows no module of the model: `step_plan` describes one to it.
+Knows no module of the model: `step_description` describes one to it. Needs no torch.
 
 M rows, B sequences, V vocabulary, D model width, C Mamba channels, N state size, W convolution
 taps, R rank of dt; matrices are `[outputs, inputs]`, float or packed.
@@ -13,18 +13,17 @@ from array import array
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
 
-import torch
-from torch import Tensor
+import numpy as np
+from numpy.typing import NDArray
 
 from jamba_lm.kernels.library import loaded_library
-from jamba_lm.kernels.native_matrix import MatrixStruct, describe_matrix
-from jamba_lm.kernels.native_products import FEW_ROWS as STEP_ROWS
-from jamba_lm.kernels.packed_weights import PackedWeight
+from jamba_lm.kernels.native_structs import FEW_ROWS as STEP_ROWS
+from jamba_lm.kernels.native_structs import Matrix, MatrixStruct
 
 __all__ = [
     "STEP_ROWS",
+    "Floats",
     "KeyMemory",
-    "Linear",
     "MambaMemory",
     "MambaVectors",
     "StepCall",
@@ -38,6 +37,8 @@ __all__ = [
 ]
 
 _Number, _Pointer = ctypes.c_int64, ctypes.c_void_p
+
+Floats = NDArray[np.float32]
 
 
 class _LayerStruct(ctypes.Structure):
@@ -90,24 +91,9 @@ _WORD_BYTES = 8
 MEMORY_WORDS = 6
 
 
-@dataclass(frozen=True, slots=True)
-class Linear:
-    """A matrix and what is added to its product.
-
-    Attributes:
-        weight: `[O, I]`.
-        bias_O: or None.
-        rows8: see `native_matrix.describe_matrix`.
-    """
-
-    weight: Tensor | PackedWeight
-    bias_O: Tensor | None = None
-    rows8: bool = False
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MambaVectors:
-    """What a Mamba layer has beside its projections.
+    """What a Mamba layer has beside its projections, in contiguous arrays.
 
     Attributes:
         conv_WC: taps, the oldest token's first.
@@ -120,19 +106,19 @@ class MambaVectors:
         skip_C: what of its input each channel adds to its output.
     """
 
-    conv_WC: Tensor
-    conv_bias_C: Tensor | None
-    dt_norm_R: Tensor | None
-    B_norm_N: Tensor | None
-    C_norm_N: Tensor | None
-    dt_bias_C: Tensor
-    A_CN: Tensor
-    skip_C: Tensor
+    conv_WC: Floats
+    conv_bias_C: Floats | None
+    dt_norm_R: Floats | None
+    B_norm_N: Floats | None
+    C_norm_N: Floats | None
+    dt_bias_C: Floats
+    A_CN: Floats
+    skip_C: Floats
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepLayer:
-    """One layer. Vectors may be of any float dtype; they are copied to float32.
+    """One layer.
 
     Attributes:
         mixer_norm_D: gain of the norm before the mixer.
@@ -145,12 +131,12 @@ class StepLayer:
         router: None where there is one feed-forward.
     """
 
-    mixer_norm_D: Tensor
-    feed_forward_norm_D: Tensor
-    projections: tuple[Linear, Linear, Linear, Linear]
+    mixer_norm_D: Floats
+    feed_forward_norm_D: Floats
+    projections: tuple[Matrix, Matrix, Matrix, Matrix]
     mamba: MambaVectors | None
-    experts: Sequence[tuple[Linear, Linear, Linear]]
-    router: Linear | None
+    experts: Sequence[tuple[Matrix, Matrix, Matrix]]
+    router: Matrix | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -181,11 +167,11 @@ class StepModel:
         self,
         sizes: StepSizes,
         layers: Sequence[StepLayer],
-        final_norm_D: Tensor,
-        embedding: Linear,
-        head: Linear,
+        final_norm_D: Floats,
+        embedding: Matrix,
+        head: Matrix,
         *,
-        dtype: torch.dtype,
+        bfloat16: bool,
         epsilon: float,
         attention_scale: float,
     ) -> None:
@@ -197,18 +183,18 @@ class StepModel:
             final_norm_D: gain of the norm before the head.
             embedding: a row per token.
             head: the embedding itself when they are tied.
-            dtype: of convolution windows, keys and values: torch.float32 or torch.bfloat16.
+            bfloat16: convolution windows, keys and values are in that type, else in float32.
             epsilon: of every norm.
             attention_scale: what scores are multiplied by.
         """
         self.vocab_size = sizes.vocab_size
-        self._keep: list[Tensor] = []
+        self._keep: list[object] = []
         self._arrays: list[ctypes.Array[MatrixStruct]] = []
         self._layers = (_LayerStruct * len(layers))(*(self._layer(layer) for layer in layers))
         self._struct = _ModelStruct(
             len(layers),
             *(getattr(sizes, field.name) for field in fields(sizes)),
-            dtype is torch.bfloat16,
+            bfloat16,
             epsilon,
             attention_scale,
             ctypes.addressof(self._layers),
@@ -223,7 +209,7 @@ class StepModel:
         return ctypes.addressof(self._struct)
 
     def _layer(self, layer: StepLayer) -> _LayerStruct:
-        matrices = [self._matrix(linear) for expert in layer.experts for linear in expert]
+        matrices = [self._matrix(one) for expert in layer.experts for one in expert]
         array = (MatrixStruct * len(matrices))(*matrices)
         self._arrays.append(array)
         in_proj, x_proj, dt_proj, out_proj = map(self._matrix, layer.projections)
@@ -245,25 +231,30 @@ class StepModel:
             struct.router = self._matrix(layer.router)
         return struct
 
-    def _vector(self, x: Tensor | None) -> int | None:
+    def _vector(self, x: Floats | None) -> int | None:
         if x is None:
             return None
-        wide = x.detach().to(torch.float32).contiguous()
-        self._keep.append(wide)
-        return wide.data_ptr()
+        assert x.dtype == np.float32
+        assert x.flags.c_contiguous
+        self._keep.append(x)
+        return x.ctypes.data
 
-    def _matrix(self, linear: Linear) -> MatrixStruct:
-        return describe_matrix(linear.weight, linear.bias_O, self._keep, rows8=linear.rows8)
+    def _matrix(self, matrix: Matrix) -> MatrixStruct:
+        self._keep.append(matrix.owners)
+        return matrix.struct
 
 
 @dataclass(frozen=True, slots=True)
 class MambaMemory:
-    """What one sequence remembers in one Mamba layer, before the step and after it."""
+    """Where one sequence's memory of one Mamba layer lies.
 
-    conv_LC: Tensor
-    scan_CN: Tensor
-    next_conv_LC: Tensor
-    next_scan_CN: Tensor
+    Attributes:
+        before: addresses of the convolution window and of the scan state.
+        after: of those after the step, which writes them.
+    """
+
+    before: tuple[int, int]
+    after: tuple[int, int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -286,9 +277,10 @@ def run_step(
     memories: Sequence[MambaMemory | KeyMemory],
     logit_rows: Sequence[int],
     *,
+    threads: int,
     path: str | None = None,
-) -> Tensor:
-    """Run every layer and return the logits after `logit_rows`, float32 `[len(logit_rows), V]`.
+) -> Floats:
+    """Run every layer and return the logits after `logit_rows`, `[len(logit_rows), V]`.
 
     Args:
         model: what to run.
@@ -296,16 +288,17 @@ def run_step(
         offsets: B+1 numbers: where each sequence starts, and M.
         memories: layer by layer, and within a layer sequence by sequence.
         logit_rows: rows whose logits are wanted, at least one.
+        threads: to compute with.
         path: forces an instruction set, for tests.
 
     Raises:
         BackendUnavailable: the library refused.
     """
-    logits = torch.empty(len(logit_rows), model.vocab_size)
+    logits = np.empty((len(logit_rows), model.vocab_size), dtype=np.float32)
     blocks: list[array[int]] = []
     remembered = words(number for one in memories for number in memory_words(one, blocks))
-    call = StepCall(model, path=path)
-    call.arrange(offsets, logit_rows, logits.data_ptr())
+    call = StepCall(model, threads, path=path)
+    call.arrange(offsets, logit_rows, logits.ctypes.data)
     call.run(ids_M, address_of(remembered))
     return logits
 
@@ -316,11 +309,12 @@ class StepCall:
     Not for two threads at once.
     """
 
-    def __init__(self, model: StepModel, *, path: str | None = None) -> None:
-        """Prepare calls for `model`, of the number of threads that torch has now.
+    def __init__(self, model: StepModel, threads: int, *, path: str | None = None) -> None:
+        """Prepare calls for `model`.
 
         Args:
             model: what to run.
+            threads: to compute with.
             path: forces an instruction set, for tests.
 
         Raises:
@@ -331,7 +325,7 @@ class StepCall:
         self._words = words(bytes(_WORDS * _WORD_BYTES))
         start = address_of(self._words)
         self._words[_PATH] = self._library.path_code(path)
-        self._words[_THREADS] = torch.get_num_threads()
+        self._words[_THREADS] = threads
         self._words[_MODEL] = model.address
         self._words[_OFFSETS] = start + _FIRST_OFFSET * _WORD_BYTES
         self._words[_IDS] = start + _FIRST_ID * _WORD_BYTES
@@ -387,13 +381,6 @@ def address_of(numbers: array[int]) -> int:
 def memory_words(memory: MambaMemory | KeyMemory, blocks: list[array[int]]) -> tuple[int, ...]:
     """Return the members of a `jamba_memory`; an array that it points to goes to `blocks`."""
     if isinstance(memory, MambaMemory):
-        return (
-            memory.conv_LC.data_ptr(),
-            memory.scan_CN.data_ptr(),
-            memory.next_conv_LC.data_ptr(),
-            memory.next_scan_CN.data_ptr(),
-            0,
-            0,
-        )
+        return *memory.before, *memory.after, 0, 0
     blocks.append(words(memory.blocks))
     return (0, 0, 0, 0, len(memory.blocks) // 3, address_of(blocks[-1]))

@@ -9,7 +9,6 @@ O outputs of a matrix, V words of a vocabulary or of a part of it.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from itertools import pairwise
 from types import ModuleType
@@ -19,15 +18,11 @@ from torch import Tensor
 
 from jamba_lm.errors import BackendUnavailable
 from jamba_lm.kernels import native, reference
+from jamba_lm.kernels.choice import requested_backend
 from jamba_lm.kernels.packed_weights import PackedWeight
 
 # Fastest first. Each module has the operations it lists in OPERATIONS, and `why_not`.
 BACKENDS: dict[str, ModuleType] = {"native": native, "reference": reference}
-
-
-def requested_backend() -> str | None:
-    """Return the back-end that the environment variable JAMBA_BACKEND names, if any."""
-    return os.environ.get("JAMBA_BACKEND") or None
 
 
 def require(backend: str | None) -> None:

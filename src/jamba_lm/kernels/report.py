@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from jamba_lm.errors import BackendUnavailable
 from jamba_lm.kernels import ops, reference
+from jamba_lm.kernels.choice import requested_backend
 from jamba_lm.kernels.library import LIBRARY_PATH, Library, find_library
 
 
@@ -56,7 +57,7 @@ def servings() -> list[Serving]:
 
 
 def _serving(operation: str) -> Serving:
-    named = ops.requested_backend()
+    named = requested_backend()
     try:
         chosen = ops.choose(operation)
     except BackendUnavailable as error:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from jamba_lm.config import JambaConfig
 from jamba_lm.model.decoder import Decoder
-from jamba_lm.model.mamba import KEPT_WIDE
+from jamba_lm.model.parameters import KEPT_WIDE
 
 # Mamba's recipe: steps are drawn log-uniformly between these, and never under the floor.
 DT_MIN, DT_MAX, DT_FLOOR = 1e-3, 1e-1, 1e-4

@@ -18,8 +18,6 @@ from jamba_lm.model.batch import Batch
 from jamba_lm.model.norm import NoNorm, RMSNorm
 from jamba_lm.model.state import MambaState
 
-KEPT_WIDE = ("log_decay_CN", "skip_C")
-
 
 class MambaMixer(nn.Module):
     """A selective state-space layer over C = expand * d_model channels.

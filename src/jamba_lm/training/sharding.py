@@ -19,8 +19,8 @@ from torch.distributed.tensor import DTensor
 from jamba_lm.errors import ProcessError
 from jamba_lm.model.decoder import Decoder
 from jamba_lm.model.initialization import initial_value
-from jamba_lm.model.mamba import KEPT_WIDE
 from jamba_lm.model.moe import MoE
+from jamba_lm.model.parameters import KEPT_WIDE
 from jamba_lm.parallel_layout import ParallelLayout
 from jamba_lm.training.parallel.decoder import Parallelized, parallelize
 from jamba_lm.training.parallel.meshes import process_mesh
