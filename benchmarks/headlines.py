@@ -28,8 +28,9 @@ import torch
 
 import jamba_lm
 from benchmarks.record import hardware, write_json
-from jamba_lm.language_model import LanguageModel, embedded_model_path
+from jamba_lm.language_model import LanguageModel
 from jamba_lm.model.state import SequenceState
+from jamba_lm.presets import embedded_model_path
 from jamba_lm.text.tokenizer import Tokenizer
 
 LABELS = (" no", " yes")

@@ -19,7 +19,7 @@ from benchmarks.llama_cpp_probe import Probe
 from jamba_lm.conversion import folder_to_gguf
 from jamba_lm.gguf_file import BLOCK_TYPES, TYPE_CODES
 from jamba_lm.gguf_output import TensorToWrite, write_gguf
-from jamba_lm.language_model import embedded_model_path
+from jamba_lm.presets import embedded_model_path
 from jamba_lm.tensor_file import write_tensors
 from tests.arms import shaken_model
 from tests.checkpoint.gguf_models import (

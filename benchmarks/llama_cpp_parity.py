@@ -30,7 +30,8 @@ from jamba_lm.checkpoint.gguf_reader import GgufWeights
 from jamba_lm.checkpoint.random_init import write_random_checkpoint
 from jamba_lm.conversion import folder_to_gguf
 from jamba_lm.gguf_file import GgufFile
-from jamba_lm.language_model import LanguageModel, embedded_model_path, load
+from jamba_lm.language_model import LanguageModel, load
+from jamba_lm.presets import embedded_model_path
 from jamba_lm.text.tokenizer import Tokenizer, load_tokenizer
 from tests.arms import SMALL
 from tests.checkpoint.gguf_models import (

@@ -25,7 +25,7 @@ from typing import Any
 
 from benchmarks.record import ROOT, hardware, write_json
 from jamba_lm.errors import RecipeError
-from jamba_lm.language_model import embedded_model_path
+from jamba_lm.presets import embedded_model_path
 from jamba_lm.training.learner import Learner
 from jamba_lm.training.recipe_file import load_recipe
 

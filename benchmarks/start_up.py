@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from jamba_lm.language_model import embedded_model_path
+from jamba_lm.presets import embedded_model_path
 
 COMMANDS: dict[str, list[str]] = {
     "python -c pass": ["python", "-c", "pass"],

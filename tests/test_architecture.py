@@ -48,8 +48,8 @@ LAYERS = [
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 
 
-# A file above its part: pure arithmetic on a config, which a lower part may use.
-FOUNDATIONS = {"jamba_lm.model.layout"}
+# Files above their part: pure arithmetic on a config, which a lower part may use.
+FOUNDATIONS = {"jamba_lm.model.layout", "jamba_lm.model.parameters"}
 
 # Packages that not everyone has, or whose ways should stay in one place.
 HOME_OF = {
@@ -88,6 +88,7 @@ WITHOUT_TORCH = [
     "jamba_lm.presets",
     "jamba_lm.parallel_layout",
     "jamba_lm.model.layout",
+    "jamba_lm.model.parameters",
     "jamba_lm.analysis.memory",
     "jamba_lm.analysis.roofline",
     "jamba_lm.analysis.training_cost.plan",

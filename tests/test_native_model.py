@@ -54,6 +54,8 @@ def assert_same_logits(folder: Path) -> None:
     """Read prompts in pieces, long and short, several at once, and compare every logit."""
     ours, theirs = opened(folder), load(folder)
     vocab = ours.config
+    assert (ours.type_name, ours.scheme) == (theirs.type_name, theirs.scheme)
+    assert ours.weight_bytes == theirs.weight_bytes
     mine, other = ([model.new_state() for _ in "abc"] for model in (ours, theirs))
     for turn, lengths in enumerate([(70, 3, 20), (1, 1, 1), (2, 5, 1), (STEP_ROWS, 30, 1)]):
         ids = [random_ids(vocab, length, seed=turn + length) for length in lengths]

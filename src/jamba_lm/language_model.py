@@ -79,6 +79,11 @@ class LanguageModel:
         return self.decoder.final_norm.weight.dtype
 
     @property
+    def type_name(self) -> str:
+        """The name of `dtype`, such as "bfloat16"."""
+        return str(self.dtype).removeprefix("torch.")
+
+    @property
     def scheme(self) -> Scheme | None:
         """How the weights are quantised; None when they are not."""
         return scheme_of(self.decoder)

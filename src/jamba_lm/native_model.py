@@ -9,6 +9,7 @@ V vocabulary.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from itertools import accumulate
 from pathlib import Path
@@ -56,21 +57,34 @@ class NativeModel:
 
     Attributes:
         config: what the model is.
+        type_name: the type of activations, and of weights that are not packed.
+        scheme: how the weights are quantised; None when they are not.
+        weight_bytes: size of all weights as they are kept.
     """
 
-    def __init__(
-        self, config: JambaConfig, model: StepModel, *, bfloat16: bool, threads: int
-    ) -> None:
-        """Hold a described model.
+    def __init__(self, config: JambaConfig, weights: _FileWeights, threads: int) -> None:
+        """Describe the model that `weights` are all of.
 
         Args:
             config: what it is.
-            model: described from weights that it keeps.
-            bfloat16: its activations and states are in that type, else in float32.
+            weights: in the files that they lie in.
             threads: to compute with.
         """
         self.config = config
-        self._dtype: type[np.generic] = BFLOAT16 if bfloat16 else np.float32
+        self.type_name = "bfloat16" if weights.bfloat16 else "float32"
+        self.scheme = weights.scheme
+        self.weight_bytes = weights.num_bytes
+        self._dtype: type[np.generic] = BFLOAT16 if weights.bfloat16 else np.float32
+        layers = [
+            LayerShape(
+                attends=layer.mixer == "attention",
+                experts=config.num_experts if layer.feed_forward == "moe" else 0,
+            )
+            for layer in plan_layers(config)
+        ]
+        model = describe_model(
+            config, layers, weights, tied=config.tie_embeddings, bfloat16=weights.bfloat16
+        )
         self._plan = _FilePlan(model, threads)
 
     def new_state(self) -> ArrayState:
@@ -179,15 +193,14 @@ def open_native(
     library = find_library()
     if isinstance(library, str):
         return library
+    threads = default_threads(library) if threads is None else threads
     try:
-        config, model, bfloat16 = _read(folder)
+        return _read(folder, threads)
     except (_Unusual, CheckpointError) as reason:
         return str(reason)
-    threads = default_threads(library) if threads is None else threads
-    return NativeModel(config, model, bfloat16=bfloat16, threads=threads)
 
 
-def _read(folder: Path) -> tuple[JambaConfig, StepModel, bool]:
+def _read(folder: Path, threads: int) -> NativeModel:
     config = JambaConfig.load(folder)
     scheme = read_scheme(read_config_json(folder), str(folder))
     if config.position != "none":
@@ -196,18 +209,7 @@ def _read(folder: Path) -> tuple[JambaConfig, StepModel, bool]:
     if config.num_layers > len(stored) or config.num_experts > len(stored):
         # A config may claim a million layers for a file of ten tensors: no list of those is made.
         raise _Unusual("it has too few tensors")
-    weights = _FileWeights(stored, parameter_shapes(config), scheme)
-    layers = [
-        LayerShape(
-            attends=layer.mixer == "attention",
-            experts=config.num_experts if layer.feed_forward == "moe" else 0,
-        )
-        for layer in plan_layers(config)
-    ]
-    model = describe_model(
-        config, layers, weights, tied=config.tie_embeddings, bfloat16=weights.bfloat16
-    )
-    return config, model, weights.bfloat16
+    return NativeModel(config, _FileWeights(stored, parameter_shapes(config), scheme), threads)
 
 
 def _stored(folder: Path) -> dict[str, MappedTensor]:
@@ -224,6 +226,7 @@ class _FileWeights:
     """Tensors of files under the decoder's names, as a description asks for them.
 
     Attributes:
+        scheme: how they are packed; None when they are not.
         bfloat16: what is not packed is in that type, else in float32.
     """
 
@@ -235,7 +238,7 @@ class _FileWeights:
     ) -> None:
         self._stored = stored
         self._shapes = shapes
-        self._scheme = scheme
+        self.scheme = scheme
         self._packings = {
             own: None if scheme is None else scheme.packing(own, shape)
             for own, shape in shapes.items()
@@ -249,6 +252,19 @@ class _FileWeights:
         if len(narrow) != 1:
             raise _Unusual("its weights are of several types")
         self.bfloat16 = narrow == {"BF16"}
+
+    @property
+    def num_bytes(self) -> int:
+        """Size of all weights, decays and skips in float32."""
+        return sum(
+            packing.num_bytes(shape)
+            if packing is not None
+            else math.prod(shape)
+            * (2 if self.bfloat16 and own.rpartition(".")[2] not in KEPT_WIDE else 4)
+            for (own, shape), packing in zip(
+                self._shapes.items(), self._packings.values(), strict=True
+            )
+        )
 
     def _check(self) -> None:
         """Refuse anything but exactly the tensors of the model, where native code can read them."""
@@ -278,13 +294,13 @@ class _FileWeights:
             values, scale = self._stored[public], None
             kind, group, rows8 = _FLOAT_KINDS[values.code], 0, False
         else:
-            assert self._scheme is not None
+            assert self.scheme is not None
             parts = {part: self._stored[f"{public}.{part}"] for part in packing.parts((1, 1))}
             _check_scales(public, parts)
             values, scale = parts["packed" if packing.group else "values"], parts["scale"]
             minimum = parts.get("minimum")
             kind, group = INT4_KIND if packing.group else INT8_KIND, packing.group or 0
-            rows8 = self._scheme.rounds_rows(own)
+            rows8 = self.scheme.rounds_rows(own)
         places = [None if x is None else x.address for x in (values, scale, minimum)]
         places.append(None if bias is None else bias.ctypes.data)
         struct = MatrixStruct(kind, outputs, inputs, group, *places, rows8)

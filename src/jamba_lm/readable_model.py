@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from jamba_lm.config import JambaConfig
 from jamba_lm.kernels.native_step import Floats
 from jamba_lm.native_plan import NativePlan
+from jamba_lm.quantization.policy import Scheme
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -29,6 +30,18 @@ class ReadableModel(Protocol):
     """
 
     config: JambaConfig
+
+    @property
+    def type_name(self) -> str:
+        """The type of activations, and of weights that are not packed, as torch names it."""
+
+    @property
+    def scheme(self) -> Scheme | None:
+        """How the weights are quantised; None when they are not."""
+
+    @property
+    def weight_bytes(self) -> int:
+        """Size of all weights as they are kept."""
 
     def new_state(self) -> Any:
         """Return the state of a sequence of which nothing has been read."""

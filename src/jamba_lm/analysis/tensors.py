@@ -11,11 +11,19 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
 from jamba_lm.config import JambaConfig
 from jamba_lm.model.layout import plan_layers
+from jamba_lm.model.parameters import (
+    KEPT_WIDE,
+    Shape,
+    attention_shapes,
+    mamba_shapes,
+    mlp_shapes,
+)
 
 Part = Literal["experts", "MLP", "router", "Mamba", "attention", "norms", "embedding", "head"]
 
@@ -61,8 +69,8 @@ def list_tensors(config: JambaConfig) -> tuple[TensorGroup, ...]:
     )
     groups = [
         TensorGroup("embedding", "embedding.weight", (V, D), 1, 1),
-        *_mamba(config, kinds["mamba"]),
-        *_attention(config, kinds["attention"]),
+        *_mixer("Mamba", mamba_shapes(config), kinds["mamba"]),
+        *_mixer("attention", attention_shapes(config), kinds["attention"]),
         *_feed_forward(config, kinds["mlp"], kinds["moe"]),
         _every("norms", "mixer_norm.weight", (D,), len(layers)),
         _every("norms", "feed_forward_norm.weight", (D,), len(layers)),
@@ -79,57 +87,24 @@ def _every(
     return TensorGroup(part, name, shape, copies, copies, wide)
 
 
-def _mamba(config: JambaConfig, count: int) -> list[TensorGroup]:
-    D, C, N, R = config.d_model, config.d_inner, config.state_size, config.dt_rank
-    groups = [
-        _every("Mamba", "mixer.in_proj.weight", (2 * C, D), count),
-        _every("Mamba", "mixer.conv_CW", (C, config.conv_width), count),
-        _every("Mamba", "mixer.x_proj.weight", (R + 2 * N, C), count),
-        _every("Mamba", "mixer.dt_proj.weight", (C, R), count),
-        _every("Mamba", "mixer.dt_bias_C", (C,), count),
-        _every("Mamba", "mixer.log_decay_CN", (C, N), count, wide=True),
-        _every("Mamba", "mixer.skip_C", (C,), count, wide=True),
-        _every("Mamba", "mixer.out_proj.weight", (D, C), count),
-    ]
-    if config.conv_bias:
-        groups.append(_every("Mamba", "mixer.conv_bias_C", (C,), count))
-    if config.proj_bias:
-        groups.append(_every("Mamba", "mixer.in_proj.bias", (2 * C,), count))
-        groups.append(_every("Mamba", "mixer.out_proj.bias", (D,), count))
-    if config.inner_norms:
-        groups += [
-            _every("Mamba", f"mixer.{name}_norm.weight", (size,), count)
-            for name, size in [("dt", R), ("B", N), ("C", N)]
-        ]
-    return groups
-
-
-def _attention(config: JambaConfig, count: int) -> list[TensorGroup]:
-    D, P = config.d_model, config.d_head
-    queries, keys = config.num_heads * P, config.num_kv_heads * P
+def _mixer(part: Part, shapes: Mapping[str, Shape], count: int) -> list[TensorGroup]:
     return [
-        _every("attention", "mixer.q_proj.weight", (queries, D), count),
-        _every("attention", "mixer.k_proj.weight", (keys, D), count),
-        _every("attention", "mixer.v_proj.weight", (keys, D), count),
-        _every("attention", "mixer.o_proj.weight", (D, queries), count),
+        _every(part, f"mixer.{name}", shape, count, wide=name in KEPT_WIDE)
+        for name, shape in shapes.items()
     ]
 
 
 def _feed_forward(config: JambaConfig, mlps: int, mixtures: int) -> list[TensorGroup]:
-    D, F, X = config.d_model, config.d_ff, config.num_experts
-    shapes = {"gate_proj": (F, D), "up_proj": (F, D), "down_proj": (D, F)}
+    shapes, experts = mlp_shapes(config), config.num_experts
     return [
-        *(
-            _every("MLP", f"feed_forward.{name}.weight", shape, mlps)
-            for name, shape in shapes.items()
-        ),
-        _every("router", "feed_forward.router.weight", (X, D), mixtures),
+        *(_every("MLP", f"feed_forward.{name}", shape, mlps) for name, shape in shapes.items()),
+        _every("router", "feed_forward.router.weight", (experts, config.d_model), mixtures),
         *(
             TensorGroup(
                 "experts",
-                f"feed_forward.experts.{name}.weight",
+                f"feed_forward.experts.{name}",
                 shape,
-                copies=mixtures * X,
+                copies=mixtures * experts,
                 active_copies=mixtures * config.experts_per_token,
             )
             for name, shape in shapes.items()

@@ -9,11 +9,11 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass
 
-import torch
+import numpy as np
 
 from jamba_lm.drafting.lookup import DraftCounts
 from jamba_lm.generation import Request, generate_batch
-from jamba_lm.language_model import LanguageModel
+from jamba_lm.readable_model import ReadableModel
 from jamba_lm.stepper import Stepper
 
 
@@ -51,24 +51,20 @@ class Timing:
     drafting: DraftCounts | None = None
 
 
-def run_once(model: LanguageModel, workload: Workload) -> Timing:
+def run_once(model: ReadableModel, workload: Workload) -> Timing:
     """Let fresh sequences read their prompts together, and then write together.
 
     Prompts are random tokens, and the likeliest token is taken each time.
     """
-    draw = torch.Generator().manual_seed(0)
-    prompts = torch.randint(
-        model.config.vocab_size,
-        (workload.batch, workload.num_prompt_tokens),
-        generator=draw,
-    ).tolist()
+    size = workload.batch, workload.num_prompt_tokens
+    prompts = np.random.default_rng(0).integers(model.config.vocab_size, size=size).tolist()
     states = [model.new_state() for _ in prompts]
 
     started = time.perf_counter()
     for first in range(0, workload.num_prompt_tokens, workload.piece):
         pieces = [ids[first : first + workload.piece] for ids in prompts]
         logits_BV = model.next_logits(pieces, states)
-    picked = logits_BV.argmax(dim=-1).tolist()
+    picked = np.asarray(logits_BV).argmax(axis=-1).tolist()
     read = time.perf_counter()
     if workload.draft is not None:
         requests = [

@@ -17,13 +17,13 @@ from jamba_lm.cli.options import (
     ModelArgument,
     QuantizeOption,
     ThreadsOption,
-    open_model,
+    open_readable,
 )
 from jamba_lm.cli.sampling_options import DEFAULT_PREFILL_TOKENS, DraftOption, PrefillOption
 
 if TYPE_CHECKING:
     from jamba_lm.analysis.workload import Timing, Workload
-    from jamba_lm.language_model import LanguageModel
+    from jamba_lm.readable_model import ReadableModel
 
 
 def bench(
@@ -60,7 +60,7 @@ def bench(
             raise InputError(f"{name} is {value}: expected at least 1")
     output = Output(json_wanted)
     workload = Workload(prompt_tokens, new_tokens, batch, prefill_tokens, draft)
-    language_model = open_model(model, dtype, backend, threads, quantize)
+    language_model = open_readable(model, dtype, backend, threads, quantize)
     output.note(draw_layers(language_model.config))
     with output.progress("measuring", repeats + 1, "repetitions") as progress:
         timings = []
@@ -84,8 +84,8 @@ def bench(
             "weight_bytes": language_model.weight_bytes,
             "state_bytes": timings[-1].state_bytes,
         },
-        "machine": describe_machine(),
-        "dtype": str(language_model.dtype).removeprefix("torch."),
+        "machine": describe_machine(language_model),
+        "dtype": language_model.type_name,
         "quantization": None if language_model.scheme is None else language_model.scheme.label,
         "backends": backends(language_model),
     }
@@ -111,25 +111,39 @@ def spread(rates: Sequence[float]) -> dict[str, float]:
     return {"median": statistics.median(rates), "min": min(rates), "max": max(rates)}
 
 
-def describe_machine() -> dict[str, Any]:
+def describe_machine(model: ReadableModel) -> dict[str, Any]:
     """Return what a reader needs to know to compare the numbers."""
-    import torch
+    from importlib.metadata import version
 
     return {
         "platform": platform.platform(),
         "processor": platform.processor() or platform.machine(),
-        "threads": torch.get_num_threads(),
+        "threads": num_threads(model),
         "python": platform.python_version(),
-        "torch": str(torch.__version__),
+        "torch": version("torch"),
     }
 
 
-def backends(model: LanguageModel) -> dict[str, str]:
-    """Return which back-end runs each operation of this model."""
+def num_threads(model: ReadableModel) -> int:
+    """Return how many threads this model computes with."""
+    plan = model.step_plan()
+    if not isinstance(plan, str):
+        return plan.threads
+    import torch
+
+    return torch.get_num_threads()
+
+
+def backends(model: ReadableModel) -> dict[str, str]:
+    """Return which back-end runs this model: all of it, or each operation."""
+    if not isinstance(model.step_plan(), str):
+        return {"all layers": "native"}
     import torch
 
     from jamba_lm.kernels import ops
+    from jamba_lm.language_model import LanguageModel
 
+    assert isinstance(model, LanguageModel)
     like = torch.zeros(1, dtype=model.dtype)
     names = {op for module in ops.BACKENDS.values() for op in module.OPERATIONS}
     return {

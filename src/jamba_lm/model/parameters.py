@@ -40,15 +40,11 @@ def _layer(config: JambaConfig, layer: LayerSpec) -> Iterator[tuple[str, Shape]]
     yield from (
         (f"mixer.{name}", shape)
         for name, shape in (
-            _attention(config) if layer.mixer == "attention" else _mamba(config)
+            attention_shapes(config) if layer.mixer == "attention" else mamba_shapes(config)
         ).items()
     )
     yield "feed_forward_norm.weight", (width,)
-    mlp: dict[str, Shape] = {
-        "gate_proj.weight": (config.d_ff, width),
-        "up_proj.weight": (config.d_ff, width),
-        "down_proj.weight": (width, config.d_ff),
-    }
+    mlp = mlp_shapes(config)
     if layer.feed_forward == "mlp":
         yield from ((f"feed_forward.{name}", shape) for name, shape in mlp.items())
         return
@@ -57,7 +53,8 @@ def _layer(config: JambaConfig, layer: LayerSpec) -> Iterator[tuple[str, Shape]]
         yield from ((f"feed_forward.experts.{expert}.{n}", shape) for n, shape in mlp.items())
 
 
-def _attention(config: JambaConfig) -> dict[str, Shape]:
+def attention_shapes(config: JambaConfig) -> dict[str, Shape]:
+    """Return the parameters of an attention mixer, by their names in it."""
     width = config.d_model
     query_width = config.num_heads * config.d_head
     key_width = config.num_kv_heads * config.d_head
@@ -69,7 +66,8 @@ def _attention(config: JambaConfig) -> dict[str, Shape]:
     }
 
 
-def _mamba(config: JambaConfig) -> dict[str, Shape]:
+def mamba_shapes(config: JambaConfig) -> dict[str, Shape]:
+    """Return the parameters of a Mamba mixer, by their names in it."""
     width, channels = config.d_model, config.d_inner
     rank, state_size = config.dt_rank, config.state_size
     shapes: dict[str, Shape] = {
@@ -90,3 +88,12 @@ def _mamba(config: JambaConfig) -> dict[str, Shape]:
         norms = {"dt": rank, "B": state_size, "C": state_size}
         shapes |= {f"{name}_norm.weight": (size,) for name, size in norms.items()}
     return shapes
+
+
+def mlp_shapes(config: JambaConfig) -> dict[str, Shape]:
+    """Return the parameters of an MLP, or of one expert, by their names in it."""
+    return {
+        "gate_proj.weight": (config.d_ff, config.d_model),
+        "up_proj.weight": (config.d_ff, config.d_model),
+        "down_proj.weight": (config.d_model, config.d_ff),
+    }
