@@ -53,7 +53,7 @@ def test_last_logits_are_the_rows_asked_for_and_move_the_states():
     assert [state.ids for state in states] == sequences
 
 
-@pytest.mark.parametrize("wrong", [-1, 97, 2**40])
+@pytest.mark.parametrize("wrong", [-1, 97, 2**40, 2**70])
 def test_ids_out_of_range_are_refused(wrong: int):
     model = shaken_model(SMALL)
     state = model.new_state()
@@ -62,7 +62,7 @@ def test_ids_out_of_range_are_refused(wrong: int):
     assert state.num_tokens == 0
 
 
-@pytest.mark.parametrize("wrong", [["a"], [None], [2**70]])
+@pytest.mark.parametrize("wrong", [["a"], [None], [1.5]])
 def test_ids_that_are_no_integers_are_refused(wrong: list):
     with pytest.raises(InputError, match="integers"):
         shaken_model(SMALL).logits([wrong])

@@ -139,6 +139,33 @@ def test_states_of_another_model_are_refused(tmp_path: Path):
         next(iter(generate(model, [1], state=load(tmp_path / "model").new_state())))
 
 
+@pytest.mark.parametrize(
+    ("sequences", "words"),
+    [
+        ([], "no sequences"),
+        ([[1], []], "sequence 1 is empty"),
+        ([[1, SMALL.vocab_size]], "out of range"),
+        ([[-1]], "out of range"),
+        ([[1.5]], "must be integers"),
+    ],
+)
+def test_what_native_code_would_believe_is_refused(sequences, words: str, tmp_path: Path):
+    model = opened(saved(tmp_path / "model"))
+    with pytest.raises(InputError, match=words):
+        model.next_logits(sequences)
+    with pytest.raises(InputError, match=words):
+        model.last_logits(sequences, [1] * len(sequences))
+
+
+def test_a_state_for_each_sequence_and_none_twice(tmp_path: Path):
+    model = opened(saved(tmp_path / "model"))
+    state = model.new_state()
+    with pytest.raises(InputError, match="same state"):
+        model.next_logits([[1], [2]], [state, state])
+    with pytest.raises(InputError, match="1 states given for 2"):
+        model.next_logits([[1], [2]], [state])
+
+
 def test_no_torch_is_imported_to_generate(tmp_path: Path):
     code = (
         "import sys\n"

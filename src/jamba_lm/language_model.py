@@ -30,6 +30,7 @@ from jamba_lm.gguf_file import is_gguf
 from jamba_lm.kernels import ops
 from jamba_lm.kernels.native_step import STEP_ROWS
 from jamba_lm.model.batch import Batch
+from jamba_lm.model.call_arguments import require_ids
 from jamba_lm.model.decoder import Decoder, Rows
 from jamba_lm.model.initialization import initialize
 from jamba_lm.model.state import SequenceState
@@ -240,19 +241,9 @@ class LanguageModel:
     ) -> tuple[Tensor, Batch]:
         batch = Batch.of([len(ids) for ids in sequences], states, self.backend)
         self.require_states(batch.states or ())
-        try:
-            flat = [one for ids in sequences for one in ids]
-            ids_M = torch.tensor(flat, dtype=torch.int64)
-        except (TypeError, ValueError, RuntimeError, OverflowError) as error:
-            raise InputError(
-                f"token ids must be integers ({error}): expected a list of lists of ids"
-            ) from error
-        wrong = next((one for one in flat if not 0 <= one < self.config.vocab_size), None)
-        if wrong is not None:
-            raise InputError(
-                f"token id {wrong} is out of range: "
-                f"expected 0..{self.config.vocab_size - 1}; is this the model's tokenizer?"
-            )
+        flat = [one for ids in sequences for one in ids]
+        require_ids(flat, self.config.vocab_size)
+        ids_M = torch.tensor(flat, dtype=torch.int64)
         return ids_M, batch
 
 

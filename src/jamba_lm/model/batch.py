@@ -14,7 +14,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from jamba_lm.errors import InputError
+from jamba_lm.model.call_arguments import require_sequences
 from jamba_lm.model.routing import RoutingLog
 from jamba_lm.model.state import SequenceState
 
@@ -54,24 +54,8 @@ class Batch:
                 sequences, or the same state twice.
         """
         lengths = tuple(int(length) for length in lengths)
-        if not lengths:
-            raise InputError("no sequences given: expected at least one, of at least one token")
-        if min(lengths) < 1:
-            raise InputError(
-                f"sequence {lengths.index(min(lengths))} is empty: "
-                "expected at least one token in every sequence"
-            )
-        if states is not None:
-            states = tuple(states)
-            if len(states) != len(lengths):
-                raise InputError(
-                    f"{len(states)} states given for {len(lengths)} sequences: expected one each"
-                )
-            if len({id(state) for state in states}) != len(states):
-                raise InputError(
-                    "the same state was given for two sequences: fork() it, so that each moves on "
-                    "its own"
-                )
+        states = None if states is None else tuple(states)
+        require_sequences(lengths, states)
         offsets = torch.tensor([0, *accumulate(lengths)], dtype=torch.int64)
         return cls(lengths, offsets, states, backend, routing)
 
