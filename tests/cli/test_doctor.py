@@ -6,8 +6,10 @@ import json
 
 import pytest
 
+from jamba_lm.analysis import machine_speed
 from jamba_lm.cli.main import main
 from jamba_lm.kernels import library, native, ops, reference, report
+from jamba_lm.language_model import load
 
 
 @pytest.fixture(autouse=True)
@@ -77,3 +79,19 @@ def test_a_wish_that_cannot_be_met_is_an_answer_not_an_error(capsys, monkeypatch
     }
     assert main(["doctor"]) == 0
     assert "nobody" in capsys.readouterr().out
+
+
+def test_whether_generating_waits_for_torch_is_told_with_the_reason(
+    capsys, monkeypatch, tmp_path, tiny_checkpoint
+):
+    monkeypatch.setattr(machine_speed, "LARGEST_SET", machine_speed.SMALLEST_SET)
+    assert main(["doctor", str(tiny_checkpoint), "--json"]) == 0
+    printed = capsys.readouterr()
+    found = json.loads(printed.out)["start"]
+    assert (found["torch"], found["reason"]) == (False, None)
+    assert f"{tiny_checkpoint} generates without importing torch" in printed.err
+    load(tiny_checkpoint, dtype="fp16").save(tmp_path / "half")
+    assert main(["doctor", str(tmp_path / "half"), "--json"]) == 0
+    printed = capsys.readouterr()
+    assert "F16" in json.loads(printed.out)["start"]["reason"]
+    assert "generates with torch" in printed.err

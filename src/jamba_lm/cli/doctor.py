@@ -8,6 +8,7 @@ from __future__ import annotations
 import platform
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -15,7 +16,7 @@ import typer
 from jamba_lm import __version__
 from jamba_lm.analysis.machine import usable_memory
 from jamba_lm.analysis.processor import Processor, this_processor
-from jamba_lm.cli.options import JsonOption
+from jamba_lm.cli.options import JsonOption, named_path
 from jamba_lm.cli.output import Output
 from jamba_lm.cli.quantities import show_bytes
 from jamba_lm.cli.shapes import open_shape
@@ -80,6 +81,15 @@ def doctor(
     for line in describe(findings):
         output.line(line)
     values = as_values(findings)
+    if model is not None and named_path(model).is_dir():
+        reason = why_torch(named_path(model))
+        output.line()
+        output.line(
+            f"{model} generates without importing torch"
+            if reason is None
+            else f"{model} generates with torch, whose import takes seconds: {reason}"
+        )
+        values["start"] = {"model": model, "torch": reason is not None, "reason": reason}
     if config is not None:
         output.line()
         output.line(f"{model}, {weights}: what `jamba bench` will measure, from a few layers")
@@ -96,6 +106,14 @@ def doctor(
             output.line(line)
         values["measured"] = speeds_values(speeds)
     output.result(values)
+
+
+def why_torch(folder: Path) -> str | None:
+    """Say why generating from a checkpoint imports torch, or None when it does not."""
+    from jamba_lm.native_model import open_native
+
+    found = open_native(folder)
+    return found if isinstance(found, str) else None
 
 
 def examine() -> Findings:
