@@ -98,9 +98,9 @@ def test_its_card_says_what_it_learned_from(held_out):
     ):
         assert words in card
     manifest = json.loads((ROOT / "recipes" / "demo_manifest.json").read_text())
-    for source in manifest["packages"]:
+    for source in (*manifest["packages"], *manifest["more_packages"]):
         assert f"{source['package']} {source['version']}" in card
-    for side in ("train", "validation"):
+    for side in ("train", "more", "validation"):
         assert f"{manifest[side]['text_bytes']:,}" in card
         assert manifest[side]["sha256"] in card
 

@@ -39,6 +39,7 @@ def test_a_held_out_text_that_is_also_learned_from_is_dropped():
 
 def test_the_manifest_is_of_the_sources_in_the_script():
     manifest = json.loads((RECIPES / "demo_manifest.json").read_text())
-    assert [(one["package"], one["version"], one["sha256"]) for one in manifest["packages"]] == [
-        (source.package, source.version, source.sha256) for source in corpus.SOURCES
-    ]
+    for packages, sources in (("packages", corpus.SOURCES), ("more_packages", corpus.MORE)):
+        assert [(one["package"], one["version"], one["sha256"]) for one in manifest[packages]] == [
+            (source.package, source.version, source.sha256) for source in sources
+        ]
