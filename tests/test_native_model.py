@@ -20,7 +20,7 @@ from jamba_lm.errors import InputError
 from jamba_lm.generation import generate
 from jamba_lm.kernels.native_step import STEP_ROWS, Floats
 from jamba_lm.language_model import load
-from jamba_lm.native_model import NativeModel, open_native
+from jamba_lm.native_model import NativeModel, load_native, open_native
 from jamba_lm.native_plan import NativePlan
 from jamba_lm.presets import embedded_model_path
 from jamba_lm.quantization.policy import all_schemes
@@ -176,6 +176,26 @@ def test_no_torch_is_imported_to_generate(tmp_path: Path):
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     assert "new tokens" in run.stderr
+
+
+def test_a_program_can_load_and_generate_without_torch():
+    code = (
+        "import sys\n"
+        "from jamba_lm import embedded_model_path, generate, load_native, load_tokenizer\n"
+        "model = load_native(embedded_model_path())\n"
+        "tokenizer = load_tokenizer(embedded_model_path())\n"
+        "ids = tokenizer.encode('one two three')\n"
+        "assert len(list(generate(model, ids, max_new_tokens=3, tokenizer=tokenizer))) == 3\n"
+        "sys.exit('torch' in sys.modules and 'torch was imported')"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+
+
+def test_a_program_is_told_why_not_and_what_to_do(tmp_path: Path):
+    folder = saved(tmp_path / "model", SMALL.replace(position="rope"))
+    with pytest.raises(InputError, match=r"knows positions\): use jamba_lm.load"):
+        load_native(folder)
 
 
 def test_the_embedded_model_is_one(monkeypatch: pytest.MonkeyPatch):

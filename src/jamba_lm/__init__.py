@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from jamba_lm.language_model import from_config as from_config
     from jamba_lm.language_model import load as load
     from jamba_lm.language_model import load_state as load_state
+    from jamba_lm.native_model import NativeModel as NativeModel
+    from jamba_lm.native_model import load_native as load_native
     from jamba_lm.presets import embedded_model_path as embedded_model_path
     from jamba_lm.sampling import Sampling as Sampling
     from jamba_lm.text.tokenizer import load_tokenizer as load_tokenizer
@@ -25,11 +27,13 @@ __version__ = "0.1.0"
 _HOMES = {
     "JambaConfig": "config",
     "LanguageModel": "language_model",
+    "NativeModel": "native_model",
     "Sampling": "sampling",
     "embedded_model_path": "presets",
     "from_config": "language_model",
     "generate": "generation",
     "load": "language_model",
+    "load_native": "native_model",
     "load_state": "language_model",
     "load_tokenizer": "text.tokenizer",
 }

@@ -184,6 +184,30 @@ def open_native(
         return str(reason)
 
 
+def load_native(path: str | Path, threads: int | None = None) -> NativeModel:
+    """Load a checkpoint folder for generating alone, without importing torch.
+
+    >>> from jamba_lm import embedded_model_path, generate
+    >>> len(list(generate(load_native(embedded_model_path()), [1, 2, 3], max_new_tokens=4)))
+    4
+
+    Args:
+        path: a folder in Hugging Face's layout, quantised or not, in float32 or bfloat16.
+        threads: to compute with; None takes one for each core.
+
+    Raises:
+        InputError: native code alone cannot read it; the message says why, and `jamba_lm.load` can,
+            or says what is wrong.
+        ConfigError: config.json is not a Jamba config.
+    """
+    found = open_native(Path(path), threads=threads)
+    if isinstance(found, str):
+        raise InputError(
+            f"{str(path)!r} cannot be read by native code alone ({found}): use jamba_lm.load"
+        )
+    return found
+
+
 def _read(folder: Path, threads: int) -> NativeModel:
     config = JambaConfig.load(folder)
     if config.position != "none":
