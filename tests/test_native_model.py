@@ -27,6 +27,7 @@ from jamba_lm.quantization.policy import all_schemes
 from jamba_lm.quantization.rewrite import quantize_decoder
 from jamba_lm.readable_model import ReadableModel
 from jamba_lm.sampling import Sampling
+from jamba_lm.stepper import Stepper
 from jamba_lm.tensor_file import TensorFile, write_tensors
 from tests.arms import ARMS, SMALL, random_ids, shaken_model
 
@@ -130,6 +131,21 @@ def test_a_state_can_be_forked_and_taken_back(tmp_path: Path):
     assert np.array_equal(model.next_logits([[1, 2, 3]], [point._state.fork()]), first)
 
 
+def test_what_was_taken_over_in_tensors_is_not_written_again(tmp_path: Path):
+    """A loop writes the memory of Mamba layers again, unless somebody else has it."""
+    folder = saved(tmp_path / "model")
+    model, state = opened(folder), opened(folder).new_state()
+    stepper, kept = Stepper(model), load(folder).new_state()
+    for token in random_ids(SMALL, 5):
+        stepper.read([[token]], [1], [state])
+    kept.read_arrays(state)
+    before = [tensor.clone() for layer in kept.layers for tensor in layer.fork().tensors().values()]
+    for token in random_ids(SMALL, 5, seed=1):
+        stepper.read([[token]], [1], [state])
+    after = [tensor for layer in kept.layers for tensor in layer.tensors().values()]
+    assert all(torch.equal(one, other) for one, other in zip(before, after, strict=True))
+
+
 def test_states_of_another_model_are_refused(tmp_path: Path):
     model = opened(saved(tmp_path / "model"))
     other = opened(saved(tmp_path / "other", SMALL, "fp32"))
@@ -222,7 +238,9 @@ def rewritten(folder: Path, change) -> None:
     with TensorFile(folder / WEIGHTS) as file:
         tensors = {name: file.tensor(name).clone() for name in file.names}
     change(tensors)
-    write_tensors(folder / WEIGHTS, dict(tensors), {})
+    # Wider types first, so that every tensor is aligned to its type.
+    ordered = sorted(tensors.items(), key=lambda item: -item[1].dtype.itemsize)
+    write_tensors(folder / WEIGHTS, dict(ordered), {})
 
 
 HEAD, NORM = "lm_head.weight", "model.final_layernorm.weight"
@@ -239,8 +257,20 @@ UNUSUAL = {
 @pytest.mark.parametrize("what", UNUSUAL)
 def test_what_is_unusual_is_left_to_the_model_with_torch(what: str, tmp_path: Path):
     folder = saved(tmp_path / "model")
+    rewritten(folder, lambda tensors: None)
+    assert isinstance(open_native(folder), NativeModel)
     rewritten(folder, UNUSUAL[what])
     assert isinstance(open_native(folder), str)
+
+
+def test_tensors_between_two_places_are_left_to_it_too(tmp_path: Path):
+    folder = saved(tmp_path / "model")
+    data = (folder / WEIGHTS).read_bytes()
+    end = 8 + int.from_bytes(data[:8], "little")
+    # A space more in the header, and everything behind it lies at an odd place.
+    header = data[8:end] + b" "
+    (folder / WEIGHTS).write_bytes(len(header).to_bytes(8, "little") + header + data[end:])
+    assert "lies between" in str(open_native(folder))
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -1.0])

@@ -133,8 +133,10 @@ class MappedWeights:
         for name, (code, shape) in expected.items():
             found = self._stored[name]
             fits = found.code in _FLOAT_KINDS if code is None else found.code == code
-            if not fits or found.shape != shape or not found.is_aligned:
+            if not fits or found.shape != shape:
                 raise UnusualCheckpoint(f"{name} is {found.code} of shape {found.shape}")
+            if not found.is_aligned:
+                raise UnusualCheckpoint(f"{name} lies between the places of {found.code} values")
 
     def matrix(self, name: str) -> Matrix:
         """Return a matrix with its bias, if it has one, by the name of its module.
