@@ -11,7 +11,7 @@ import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jamba_lm.continuation import GeneratedToken, Request, require_ids
+from jamba_lm.continuation import GeneratedToken, Request, require_prompt
 from jamba_lm.errors import InputError
 from jamba_lm.generation import generate, generate_batch, read_ids
 from jamba_lm.language_model import LanguageModel, load
@@ -238,7 +238,7 @@ ODD_IDS = st.one_of(
 @given(ids=st.lists(ODD_IDS, max_size=5) | st.text(max_size=5) | st.binary(max_size=5))
 def test_ids_are_read_or_refused_in_one_line(ids):
     try:
-        checked = require_ids(ids, SMALL.vocab_size)
+        checked = require_prompt(ids, SMALL.vocab_size)
     except InputError as error:
         assert "\n" not in str(error)
         assert len(str(error)) < 200

@@ -9,6 +9,7 @@ import torch
 
 import jamba_lm
 from jamba_lm.errors import BackendUnavailable, InputError
+from tests.aligned import aligned
 from tests.arms import ARMS, SMALL, random_ids, shaken_model
 
 
@@ -19,6 +20,7 @@ def test_every_arm_is_saved_and_loaded(arm: str, tmp_path: Path):
     loaded = jamba_lm.load(tmp_path / "model")
     assert loaded.config == model.config
     assert loaded.fingerprint == model.fingerprint
+    aligned(loaded.decoder)
     ids = random_ids(SMALL, 12)
     assert torch.equal(loaded.logits([ids])[0], model.logits([ids])[0])
 
@@ -64,7 +66,7 @@ def test_ids_out_of_range_are_refused(wrong: int):
 
 @pytest.mark.parametrize("wrong", [["a"], [None], [1.5]])
 def test_ids_that_are_no_integers_are_refused(wrong: list):
-    with pytest.raises(InputError, match="integers"):
+    with pytest.raises(InputError, match="token id 0 is .*: expected an int"):
         shaken_model(SMALL).logits([wrong])
 
 

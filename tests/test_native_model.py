@@ -162,7 +162,7 @@ def test_states_of_another_model_are_refused(tmp_path: Path):
         ([[1], []], "sequence 1 is empty"),
         ([[1, SMALL.vocab_size]], "out of range"),
         ([[-1]], "out of range"),
-        ([[1.5]], "must be integers"),
+        ([[1.5]], "expected an int"),
     ],
 )
 def test_what_native_code_would_believe_is_refused(sequences, words: str, tmp_path: Path):

@@ -192,7 +192,7 @@ def test_a_token_that_is_refused_leaves_the_state_where_it_was():
     state = model.new_state()
     model.next_logits([[1, 2, 3]], [state])
     kept = [layer.tensors() for layer in state.layers]
-    with pytest.raises(Exception, match="token id 97 is out of range"):
+    with pytest.raises(Exception, match="token id 1 is 97, which is out of range"):
         model.next_logits([[4, 97]], [state])
     assert state.ids == [1, 2, 3]
     for layer, before in zip(state.layers, kept, strict=True):

@@ -7,7 +7,6 @@ V vocabulary.
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
@@ -16,6 +15,7 @@ from jamba_lm.config_json import shown
 from jamba_lm.drafting.lookup import DraftCounts, LookupDrafter
 from jamba_lm.drafting.policy import LONGEST_DRAFT, Wish
 from jamba_lm.errors import InputError
+from jamba_lm.model.call_arguments import require_ids
 from jamba_lm.model.sequence_memory import SequenceMemory
 from jamba_lm.readable_model import ReadableModel
 from jamba_lm.sampling import Floats, Sampler, Sampling, log_probabilities
@@ -98,7 +98,7 @@ class Continuation:
     def __init__(self, model: ReadableModel, request: Request, tokenizer: Tokenizer | None) -> None:
         _check(request, tokenizer)
         vocab_size = model.config.vocab_size
-        self.unread = require_ids(request.prompt_ids, vocab_size)
+        self.unread = require_prompt(request.prompt_ids, vocab_size)
         self.state = model.new_state() if request.state is None else request.state
         self.draft: list[int] = []
         self.reading = True
@@ -218,8 +218,8 @@ class Continuation:
         )
 
 
-def require_ids(ids: Sequence[int], vocab_size: int) -> list[int]:
-    """Return `ids` as a list if a model of this vocabulary can read them.
+def require_prompt(ids: Sequence[int], vocab_size: int) -> list[int]:
+    """Return `ids` as a list if a model of this vocabulary can continue them.
 
     A prompt is checked whole before any of it is read: a mistake at its end must not cost the time
     of reading the rest.
@@ -227,20 +227,7 @@ def require_ids(ids: Sequence[int], vocab_size: int) -> list[int]:
     Raises:
         InputError: no ids, or one that is no integer or out of range.
     """
-    checked = []
-    for place, given in enumerate(ids):
-        try:
-            token = operator.index(given)
-        except TypeError as error:
-            raise InputError(
-                f"prompt id {place} is {shown(given)}: expected an int; encode text first"
-            ) from error
-        if not 0 <= token < vocab_size:
-            raise InputError(
-                f"prompt id {place} is {shown(token)}, which is out of range: "
-                f"expected 0..{vocab_size - 1}; is this the model's tokenizer?"
-            )
-        checked.append(token)
+    checked = require_ids(ids, vocab_size, "prompt id")
     if not checked:
         raise InputError("the prompt is empty: expected at least one token id to continue from")
     return checked

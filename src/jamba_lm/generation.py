@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from jamba_lm.continuation import Continuation, require_ids
+from jamba_lm.continuation import Continuation, require_prompt
 from jamba_lm.continuation import GeneratedToken as GeneratedToken
 from jamba_lm.continuation import Request as Request
 from jamba_lm.drafting.policy import DraftPolicy
@@ -133,7 +133,7 @@ def read_ids(
     Raises:
         InputError: no ids, or one out of range; nothing was read then.
     """
-    ids = require_ids(ids, model.config.vocab_size)
+    ids = require_prompt(ids, model.config.vocab_size)
     for start in range(0, len(ids), prefill_tokens):
         piece = ids[start : start + prefill_tokens]
         logits_BV = model.next_logits([piece], [state])

@@ -241,8 +241,7 @@ class LanguageModel:
     ) -> tuple[Tensor, Batch]:
         batch = Batch.of([len(ids) for ids in sequences], states, self.backend)
         self.require_states(batch.states or ())
-        flat = [one for ids in sequences for one in ids]
-        require_ids(flat, self.config.vocab_size)
+        flat = require_ids([one for ids in sequences for one in ids], self.config.vocab_size)
         ids_M = torch.tensor(flat, dtype=torch.int64)
         return ids_M, batch
 

@@ -20,9 +20,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from jamba_lm.continuation import require_ids
 from jamba_lm.errors import DataError, InputError
 from jamba_lm.language_model import LanguageModel
+from jamba_lm.model.call_arguments import require_ids
 from jamba_lm.text.tokenizer import Tokenizer
 
 # Tokens read at once: their logits are 64 MiB for the published vocabulary.
@@ -129,7 +129,7 @@ def score_blocks(
     nats, num_tokens, num_bytes, num_windows = 0.0, 0, 0, 0
     state, before, in_window = model.new_state(), bos_id, 0
     for ids, size in blocks:
-        ids = require_ids(ids, vocab_size) if ids else ids
+        ids = require_ids(ids, vocab_size)
         num_bytes += size
         start = 0
         while start < len(ids):

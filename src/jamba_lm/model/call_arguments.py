@@ -5,6 +5,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Sequence
 
+from jamba_lm.config_json import shown
 from jamba_lm.errors import InputError
 
 
@@ -38,21 +39,29 @@ def require_sequences(lengths: Sequence[int], states: Sequence[object] | None) -
         )
 
 
-def require_ids(ids_M: Sequence[int], vocab_size: int) -> None:
-    """Check that every id is one of a vocabulary.
+def require_ids(ids: Sequence[int], vocab_size: int, name: str = "token id") -> list[int]:
+    """Return `ids` as a list of Python's own integers if a model of this vocabulary can read them.
+
+    Args:
+        ids: from anywhere, an array or tensor among others.
+        vocab_size: ids are below it.
+        name: what one of them is called in a message.
 
     Raises:
         InputError: one is no integer, or out of range.
     """
-    for one in ids_M:
+    checked = []
+    for place, given in enumerate(ids):
         try:
-            token = operator.index(one)
+            token = operator.index(given)
         except TypeError as error:
             raise InputError(
-                f"token ids must be integers ({error}): expected a list of lists of ids"
+                f"{name} {place} is {shown(given)}: expected an int; encode text first"
             ) from error
         if not 0 <= token < vocab_size:
             raise InputError(
-                f"token id {one} is out of range: "
+                f"{name} {place} is {shown(token)}, which is out of range: "
                 f"expected 0..{vocab_size - 1}; is this the model's tokenizer?"
             )
+        checked.append(token)
+    return checked
