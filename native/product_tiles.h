@@ -1,6 +1,11 @@
 // A few outputs times a few rows, for each kind of weight. Lanes are neighbouring inputs of one
-// output. What a row gives does not depend on how many rows there are: sums run in the same order
-// in a tile of one row and of four.
+// output, and are yet to be added up. What a row gives does not depend on how many rows there are:
+// sums run in the same order in a tile of one row and of four.
+//
+// One row takes one output after the other, so that memory is read from front to back, which a
+// processor sees for itself and does best. Several outputs at a time, which share what they load of
+// several rows, read several places in turn, and on some processors (Zen 4) at half the speed: for
+// them what comes next is asked for from front to back.
 #ifndef JAMBA_PRODUCT_TILES_H
 #define JAMBA_PRODUCT_TILES_H
 
@@ -24,6 +29,27 @@ typedef int8_t ByteVec __attribute__((vector_size(LANES * 2), may_alias));
 typedef uint8_t UnsignedByteVec __attribute__((vector_size(LANES * 2), may_alias));
 typedef int16_t ShortVec __attribute__((vector_size(LANES * 4), may_alias));
 typedef uint16_t UnsignedShortVec __attribute__((vector_size(LANES * 4), may_alias));
+
+// Written as one instruction where there is one: GCC 12 makes five of each.
+JAMBA_INLINE ShortVec widen(ByteVec v) {
+#if defined(__AVX512BW__)
+  return (ShortVec)_mm512_maskz_cvtepi8_epi16(0xffffffff, (__m256i)v);
+#elif defined(__AVX2__)
+  return (ShortVec)_mm256_cvtepi8_epi16((__m128i)v);
+#else
+  return __builtin_convertvector(v, ShortVec);
+#endif
+}
+
+JAMBA_INLINE UnsignedShortVec widen(UnsignedByteVec v) {
+#if defined(__AVX512BW__)
+  return (UnsignedShortVec)_mm512_maskz_cvtepu8_epi16(0xffffffff, (__m256i)v);
+#elif defined(__AVX2__)
+  return (UnsignedShortVec)_mm256_cvtepu8_epi16((__m128i)v);
+#else
+  return __builtin_convertvector(v, UnsignedShortVec);
+#endif
+}
 
 JAMBA_INLINE ShortVec load_shorts(const int16_t *p) {
   ShortVec v;
@@ -64,28 +90,57 @@ JAMBA_INLINE T load_bytes(const void *p, int64_t left) {
   return v;
 }
 
-// Has the cache line of `p` fetched. Several rows at a time lie in one page, and the processor,
-// which looks for one direction in each, does not find the pattern itself.
+// What several outputs meet stays in a register, where there are enough of them: left to itself the
+// compiler loads it again for each.
+template <int OUTPUTS, typename T>
+JAMBA_INLINE T shared(T v) {
+#if defined(__AVX512F__)
+  if constexpr (OUTPUTS > 1) asm("" : "+v"(v));
+#endif
+  return v;
+}
+
+// Has the cache line of `p` fetched.
 JAMBA_INLINE void fetch(const void *p) { __builtin_prefetch(p, 0, 3); }
 
-// OUTPUTS rows of weights times ROWS rows of inputs; `after` are the weights that are read then.
+// How far ahead of what is read next weights are asked for, in bytes.
+constexpr int64_t FAR = 8192;
+
+// Has the part of `after` fetched that comes with `bytes` of each of OUTPUTS rows from `at` on.
+// Into the second-level cache: the first has room for so many lines on their way, and rows need it.
+template <int OUTPUTS>
+JAMBA_INLINE void fetch_in_order(const char *after, int64_t at, int64_t bytes) {
+  if constexpr (OUTPUTS == 1) return;
+  const char *const first = after + at * OUTPUTS + FAR;
+#pragma GCC unroll 4
+  for (int64_t b = 0; b < bytes * OUTPUTS; b += 64) __builtin_prefetch(first + b, 0, 2);
+}
+
+// OUTPUTS rows of weights times ROWS rows of inputs, into sums[row * LANES + output]; `after` are
+// the weights that are read then.
 template <int OUTPUTS, int ROWS>
-inline void float_tile(const jamba_matrix &matrix, int64_t output, const char *,
-                       const Operand &operand, const int64_t *rows, float (*sums)[ROWS]) {
+inline void float_tile(const jamba_matrix &matrix, int64_t output, const char *after,
+                       const Operand &operand, const int64_t *rows, Vec *sums) {
   const float *const weights = (const float *)matrix.values + output * matrix.I;
-  Vec even[OUTPUTS][ROWS] = {}, odd[OUTPUTS][ROWS] = {};
+  Vec sum[OUTPUTS][ROWS] = {};
   const float *x[ROWS];
-  for (int m = 0; m < ROWS; m++) x[m] = operand.wide + rows[m] * operand.padded;
+  for (int m = 0; m < ROWS; m++) x[m] = operand.wide + rows[m] * operand.stride;
   const int64_t whole = matrix.I / (2 * LANES) * (2 * LANES);
-  const auto step = [&](int64_t i, auto load_weights) {
+  const auto step = [&](int64_t i, auto load_weights) JAMBA_ALWAYS {
+    fetch_in_order<OUTPUTS>(after, i * 4, 2 * sizeof(Vec));
+    Vec x_even[ROWS], x_odd[ROWS];
+#pragma GCC unroll 4
+    for (int m = 0; m < ROWS; m++) {
+      x_even[m] = shared<OUTPUTS>(load(x[m] + i));
+      x_odd[m] = shared<OUTPUTS>(load(x[m] + i + LANES));
+    }
 #pragma GCC unroll 4
     for (int o = 0; o < OUTPUTS; o++) {
       const float *w = weights + o * matrix.I + i;
       const Vec first = load_weights(w, i), second = load_weights(w + LANES, i + LANES);
 #pragma GCC unroll 4
       for (int m = 0; m < ROWS; m++) {
-        even[o][m] = fma(first, load(x[m] + i), even[o][m]);
-        odd[o][m] = fma(second, load(x[m] + i + LANES), odd[o][m]);
+        sum[o][m] = fma(second, x_odd[m], fma(first, x_even[m], sum[o][m]));
       }
     }
   };
@@ -98,30 +153,35 @@ inline void float_tile(const jamba_matrix &matrix, int64_t output, const char *,
     });
   }
   for (int o = 0; o < OUTPUTS; o++) {
-    for (int m = 0; m < ROWS; m++) sums[o][m] = total(even[o][m] + odd[o][m]);
+    for (int m = 0; m < ROWS; m++) sums[m * LANES + o] = sum[o][m];
   }
 }
 
 template <int OUTPUTS, int ROWS>
 inline void bfloat16_tile(const jamba_matrix &matrix, int64_t output, const char *after,
-                          const Operand &operand, const int64_t *rows, float (*sums)[ROWS]) {
+                          const Operand &operand, const int64_t *rows, Vec *sums) {
   const uint16_t *const weights = (const uint16_t *)matrix.values + output * matrix.I;
-  Vec even[OUTPUTS][ROWS] = {}, odd[OUTPUTS][ROWS] = {};
+  Vec sum[OUTPUTS][ROWS] = {};
   const float *x[ROWS];
-  for (int m = 0; m < ROWS; m++) x[m] = operand.wide + rows[m] * operand.padded;
+  for (int m = 0; m < ROWS; m++) x[m] = operand.wide + rows[m] * operand.stride;
   const int64_t whole = matrix.I / (2 * LANES) * (2 * LANES);
-  const auto step = [&](int64_t i, auto load_weights) {
+  const auto step = [&](int64_t i, auto load_weights) JAMBA_ALWAYS {
+    fetch_in_order<OUTPUTS>(after, i * 2, sizeof(Vec));
+    Vec x_even[ROWS], x_odd[ROWS];
+#pragma GCC unroll 4
+    for (int m = 0; m < ROWS; m++) {
+      x_even[m] = shared<OUTPUTS>(load(x[m] + i));
+      x_odd[m] = shared<OUTPUTS>(load(x[m] + i + LANES));
+    }
 #pragma GCC unroll 4
     for (int o = 0; o < OUTPUTS; o++) {
       const uint16_t *w = weights + o * matrix.I + i;
-      fetch(after + (o * matrix.I + i) * 2);
       const WordVec pairs = load_weights(w);
       // Little-endian: the first of each pair is the low half.
       const Vec first = (Vec)(pairs << 16), second = (Vec)(pairs & 0xffff0000u);
 #pragma GCC unroll 4
       for (int m = 0; m < ROWS; m++) {
-        even[o][m] = fma(first, load(x[m] + i), even[o][m]);
-        odd[o][m] = fma(second, load(x[m] + i + LANES), odd[o][m]);
+        sum[o][m] = fma(second, x_odd[m], fma(first, x_even[m], sum[o][m]));
       }
     }
   };
@@ -132,7 +192,7 @@ inline void bfloat16_tile(const jamba_matrix &matrix, int64_t output, const char
     step(whole, [&](const uint16_t *w) { return load_bytes<WordVec>(w, (matrix.I - whole) * 2); });
   }
   for (int o = 0; o < OUTPUTS; o++) {
-    for (int m = 0; m < ROWS; m++) sums[o][m] = total(even[o][m] + odd[o][m]);
+    for (int m = 0; m < ROWS; m++) sums[m * LANES + o] = sum[o][m];
   }
 }
 
@@ -141,24 +201,25 @@ constexpr int64_t EXACT_STEPS = 256;
 
 template <int OUTPUTS, int ROWS>
 inline void int8_tile(const jamba_matrix &matrix, int64_t output, const char *after,
-                      const Operand &operand, const int64_t *rows, float (*sums)[ROWS]) {
+                      const Operand &operand, const int64_t *rows, Vec *sums) {
   const int8_t *const weights = (const int8_t *)matrix.values + output * matrix.I;
   Vec wide[OUTPUTS][ROWS] = {};
   const int16_t *x[ROWS];
-  for (int m = 0; m < ROWS; m++) x[m] = operand.fixed + rows[m] * operand.padded;
+  for (int m = 0; m < ROWS; m++) x[m] = operand.fixed + rows[m] * operand.stride;
   constexpr int64_t STEP = 2 * LANES;
   const int64_t whole = matrix.I / STEP * STEP;
   for (int64_t begin = 0; begin < matrix.I; begin += EXACT_STEPS * STEP) {
     IntVec exact[OUTPUTS][ROWS] = {};
-    const auto step = [&](int64_t i, auto load_weights) {
+    const auto step = [&](int64_t i, auto load_weights) JAMBA_ALWAYS {
+      fetch_in_order<OUTPUTS>(after, i, STEP);
+      ShortVec in[ROWS];
+#pragma GCC unroll 4
+      for (int m = 0; m < ROWS; m++) in[m] = shared<OUTPUTS>(load_shorts(x[m] + i));
 #pragma GCC unroll 4
       for (int o = 0; o < OUTPUTS; o++) {
-        const int8_t *from = weights + o * matrix.I + i;
-        fetch(after + o * matrix.I + i);
-        const ShortVec w = __builtin_convertvector(load_weights(from), ShortVec);
+        const ShortVec w = widen(load_weights(weights + o * matrix.I + i));
 #pragma GCC unroll 4
-        for (int m = 0; m < ROWS; m++)
-          exact[o][m] = add_pairs(exact[o][m], w, load_shorts(x[m] + i));
+        for (int m = 0; m < ROWS; m++) exact[o][m] = add_pairs(exact[o][m], w, in[m]);
       }
     };
     const int64_t stop = begin + EXACT_STEPS * STEP;
@@ -172,47 +233,33 @@ inline void int8_tile(const jamba_matrix &matrix, int64_t output, const char *af
       for (int m = 0; m < ROWS; m++) wide[o][m] = wide[o][m] + as_floats(exact[o][m]);
     }
   }
-  const float *scales = (const float *)matrix.scale + output;
   for (int o = 0; o < OUTPUTS; o++) {
-    for (int m = 0; m < ROWS; m++)
-      sums[o][m] = scales[o] * operand.unit[rows[m]] * total(wide[o][m]);
+    for (int m = 0; m < ROWS; m++) sums[m * LANES + o] = wide[o][m];
   }
 }
 
-// Which group the byte in each lane of a step belongs to, counted from the step's first one. A step
-// of 2 LANES bytes holds two blocks of 32 inputs with AVX-512, one or a part of one elsewhere.
-JAMBA_INLINE IntVec groups_of_lanes(int64_t group) {
-  IntVec lanes;
-  for (int l = 0; l < LANES; l++) lanes[l] = (int32_t)(nibble_input(2 * l) / group);
-  return lanes;
-}
-
-// The scales of a step's groups, lane by lane; `lanes` are groups counted from `scales` on.
-JAMBA_INLINE Vec scales_of_lanes(const float *scales, int64_t first, IntVec lanes) {
+// The scales of the groups of a step, lane by lane: a step of 2 LANES bytes holds two blocks of 32
+// inputs with AVX-512, one or a part of one elsewhere.
+template <int64_t GROUP>
+JAMBA_INLINE Vec scales_of_lanes(const float *scales) {
 #if defined(__AVX512F__)
-  // A register holds sixteen of them, and picks by the low four bits of each lane.
-  return __builtin_shuffle(load(scales + first / LANES * LANES), lanes);
-#else
-  (void)lanes;
-  return set(scales[first]);
+  if constexpr (GROUP == 32) return _mm512_mask_blend_ps(0xff00, set(scales[0]), set(scales[1]));
 #endif
+  return set(scales[0]);
 }
 
 // Groups whose scales are made wide at a time: whole registers.
 constexpr int64_t WIDE_GROUPS = 64;
 
-template <int OUTPUTS, int ROWS>
+template <int OUTPUTS, int ROWS, int64_t GROUP>
 inline void int4_tile(const jamba_matrix &matrix, int64_t output, const char *after,
-                      const Operand &operand, const int64_t *rows, float (*sums)[ROWS]) {
-  const int64_t bytes = matrix.I / 2, groups = operand.groups, group = matrix.group;
+                      const Operand &operand, const int64_t *rows, Vec *sums) {
+  const int64_t bytes = matrix.I / 2, groups = operand.groups;
   const uint8_t *const weights = (const uint8_t *)matrix.values + output * bytes;
   Vec wide[OUTPUTS][ROWS] = {};
-  float from_minima[OUTPUTS][ROWS] = {};
   const int16_t *x[ROWS];
-  for (int m = 0; m < ROWS; m++) x[m] = operand.fixed + rows[m] * operand.padded;
+  for (int m = 0; m < ROWS; m++) x[m] = operand.fixed + rows[m] * operand.stride;
   constexpr int64_t STEP = 2 * LANES;  // bytes
-  const int64_t whole = bytes / STEP * STEP;
-  const IntVec first_lanes = groups_of_lanes(group);
   for (int64_t first = 0; first < groups; first += WIDE_GROUPS) {
     const int64_t count = groups - first < WIDE_GROUPS ? groups - first : WIDE_GROUPS;
     // A last step of half as many bytes asks for one group more than there are, and meets zeros.
@@ -220,49 +267,49 @@ inline void int4_tile(const jamba_matrix &matrix, int64_t output, const char *af
     for (int o = 0; o < OUTPUTS; o++) {
       const int64_t at = (output + o) * groups + first;
       // Not beside the products below: their sums need the registers.
-      Vec minima[ROWS] = {};
       for (int64_t g = 0; g < count; g += LANES) {
         store(scales[o] + g, load_as<true>(matrix.scale, at + g, count - g));
         const Vec minimum = load_as<true>(matrix.minimum, at + g, count - g);
         for (int m = 0; m < ROWS; m++) {
           const float *group_sums = operand.group_sums + rows[m] * groups + first;
-          minima[m] = fma(minimum, load_as<false>(group_sums, g, count - g), minima[m]);
+          wide[o][m] = fma(minimum, load_as<false>(group_sums, g, count - g), wide[o][m]);
         }
       }
-      for (int m = 0; m < ROWS; m++) from_minima[o][m] += total(minima[m]);
     }
-    const auto step = [&](int64_t b, IntVec lanes, auto load_weights) {
-      const int64_t step_group = nibble_input(b) / group - first;
+    const auto step = [&](int64_t b, int64_t group, auto load_weights) JAMBA_ALWAYS {
+      fetch_in_order<OUTPUTS>(after, b, STEP);
+      ShortVec x_low[ROWS], x_high[ROWS];
+#pragma GCC unroll 4
+      for (int m = 0; m < ROWS; m++) {
+        x_low[m] = shared<OUTPUTS>(load_shorts(x[m] + 2 * b));
+        x_high[m] = shared<OUTPUTS>(load_shorts(x[m] + 2 * b + STEP));
+      }
 #pragma GCC unroll 4
       for (int o = 0; o < OUTPUTS; o++) {
         const uint8_t *from = weights + o * bytes + b;
-        fetch(after + o * bytes + b);
-        const UnsignedShortVec both = __builtin_convertvector(load_weights(from), UnsignedShortVec);
+        const UnsignedShortVec both = widen(load_weights(from));
         const ShortVec low = (ShortVec)(both & 15), high = (ShortVec)(both >> 4);
-        const Vec factor = scales_of_lanes(scales[o], step_group, lanes);
+        const Vec factor = scales_of_lanes<GROUP>(scales[o] + group);
 #pragma GCC unroll 4
         for (int m = 0; m < ROWS; m++) {
-          IntVec exact = multiply_pairs(low, load_shorts(x[m] + 2 * b));
-          exact = add_pairs(exact, high, load_shorts(x[m] + 2 * b + STEP));
+          const IntVec exact = add_pairs(multiply_pairs(low, x_low[m]), high, x_high[m]);
           wide[o][m] = fma(as_floats(exact), factor, wide[o][m]);
         }
       }
     };
-    const int64_t end = (first + count) * group / 2;
-    const int32_t per_step = (int32_t)(2 * STEP / group);
-    IntVec lanes = first_lanes;
-    int64_t b = first * group / 2;
-    for (; b < (end < whole ? end : whole); b += STEP, lanes += per_step) {
-      step(b, lanes, [](const uint8_t *w) { return load_bytes<UnsignedByteVec>(w, STEP); });
+    const int64_t begin = first * GROUP / 2, end = (first + count) * GROUP / 2;
+    int64_t b = begin;
+    for (; b + STEP <= end; b += STEP) {
+      step(b, nibble_input(b - begin) / GROUP,
+           [](const uint8_t *w) { return load_bytes<UnsignedByteVec>(w, STEP); });
     }
     if (b < end) {
-      step(b, lanes, [&](const uint8_t *w) { return load_bytes<UnsignedByteVec>(w, bytes - b); });
+      step(b, nibble_input(b - begin) / GROUP,
+           [&](const uint8_t *w) { return load_bytes<UnsignedByteVec>(w, end - b); });
     }
   }
   for (int o = 0; o < OUTPUTS; o++) {
-    for (int m = 0; m < ROWS; m++) {
-      sums[o][m] = operand.unit[rows[m]] * (total(wide[o][m]) + from_minima[o][m]);
-    }
+    for (int m = 0; m < ROWS; m++) sums[m * LANES + o] = wide[o][m];
   }
 }
 

@@ -9,51 +9,76 @@
 namespace jamba::JAMBA_PATH {
 
 template <int OUTPUTS, int ROWS>
-inline void tile(const jamba_matrix &matrix, int64_t output, const char *after,
-                 const Operand &operand, const int64_t *rows, float (*sums)[ROWS]) {
+inline void tile_into(const FewProduct &p, int64_t output, const char *after,
+                      const Operand &operand, int64_t row, Vec *sums) {
+  const jamba_matrix &matrix = p.matrix;
+  const int64_t *const rows = p.rows + row;
   switch (matrix.kind) {
     case JAMBA_F32: return float_tile<OUTPUTS, ROWS>(matrix, output, after, operand, rows, sums);
     case JAMBA_BF16:
       return bfloat16_tile<OUTPUTS, ROWS>(matrix, output, after, operand, rows, sums);
     case JAMBA_INT8: return int8_tile<OUTPUTS, ROWS>(matrix, output, after, operand, rows, sums);
-    case JAMBA_INT4: return int4_tile<OUTPUTS, ROWS>(matrix, output, after, operand, rows, sums);
+    case JAMBA_INT4:
+      return (matrix.group == 32
+                  ? int4_tile<OUTPUTS, ROWS, 32>
+                  : int4_tile<OUTPUTS, ROWS, 64>)(matrix, output, after, operand, rows, sums);
   }
 }
 
-template <int OUTPUTS, int ROWS>
-inline void tile_into(const jamba_matrix &matrix, int64_t output, const char *after,
-                      const Operand &operand, const int64_t *rows, float *y, int64_t y_stride) {
-  float sums[OUTPUTS][ROWS] = {};
-  tile<OUTPUTS, ROWS>(matrix, output, after, operand, rows, sums);
-  for (int o = 0; o < OUTPUTS; o++) {
-    const float bias = matrix.bias == nullptr ? 0.0f : matrix.bias[output + o];
-    for (int m = 0; m < ROWS; m++) y[m * y_stride + o] = sums[o][m] + bias;
-  }
-}
+// Outputs whose sums with four rows fit the registers. The more there are, the less often rows are
+// loaded, which do not fit the nearest cache.
+#if defined(__AVX512F__)
+constexpr int MOST_OUTPUTS_OF_FOUR = 4;
+#else
+constexpr int MOST_OUTPUTS_OF_FOUR = 2;
+#endif
 
+// OUTPUTS outputs times all rows.
 template <int OUTPUTS>
-inline void outputs_into(const FewProduct &p, int64_t output, const Operand &operand) {
-  const jamba_matrix &matrix = p.matrix;
+inline void outputs_into(const FewProduct &p, int64_t output, const Operand &operand, Vec *sums) {
   const char *const after = weights_after(p, output, OUTPUTS);
-  float *const y = p.y + output - p.first;
-  const int64_t *const rows = p.rows;
-  const int64_t count = p.count, y_stride = p.y_stride;
-  int64_t m = 0;
-  for (; m + 4 <= count; m += 4) {
-    // Sixteen sums fit the registers: twice as many rows, so half as many outputs.
-    constexpr int HALF = OUTPUTS > 1 ? OUTPUTS / 2 : 1;
-    for (int o = 0; o < OUTPUTS; o += HALF) {
-      tile_into<HALF, 4>(matrix, output + o, after + o * bytes_of_row(matrix), operand, rows + m,
-                         y + m * y_stride + o, y_stride);
+  int64_t row = 0;
+  for (; row + 4 <= p.count; row += 4) {
+    constexpr int SOME = OUTPUTS < MOST_OUTPUTS_OF_FOUR ? OUTPUTS : MOST_OUTPUTS_OF_FOUR;
+    for (int o = 0; o < OUTPUTS; o += SOME) {
+      tile_into<SOME, 4>(p, output + o, after + o * bytes_of_row(p.matrix), operand, row,
+                         sums + row * LANES + o);
     }
   }
-  if (m + 2 <= count) {
-    tile_into<OUTPUTS, 2>(matrix, output, after, operand, rows + m, y + m * y_stride, y_stride);
-    m += 2;
+  sums += row * LANES;
+  switch (p.count - row) {
+    case 1: return tile_into<OUTPUTS, 1>(p, output, after, operand, row, sums);
+    case 2: return tile_into<OUTPUTS, 2>(p, output, after, operand, row, sums);
+    case 3: return tile_into<OUTPUTS, 3>(p, output, after, operand, row, sums);
   }
-  if (m < count) {
-    tile_into<OUTPUTS, 1>(matrix, output, after, operand, rows + m, y + m * y_stride, y_stride);
+}
+
+// y = what the lanes add up to, in its own units, and the bias.
+inline void finish_outputs(const FewProduct &p, int64_t output, int64_t count,
+                           const Operand &operand, Vec *sums) {
+  const jamba_matrix &matrix = p.matrix;
+  const float *const scales = (const float *)matrix.scale;
+  for (int64_t row = 0; row < p.count; row++, sums += LANES) {
+    for (int64_t lane = count; lane < LANES; lane++) sums[lane] = Vec{};
+    Vec y = sum_each(sums);
+    if (matrix.kind == JAMBA_INT8) y = y * load_as<false>(scales, output, count);
+    if (matrix.kind == JAMBA_INT8 || matrix.kind == JAMBA_INT4) {
+      y = y * set(operand.unit[p.rows[row]]);
+    }
+    if (matrix.bias != nullptr) y = y + load_as<false>(matrix.bias, output, count);
+    store_as<false>(p.y, row * p.y_stride + output - p.first, count, y);
   }
+}
+
+// Whether one row meets one output after the other: while it stays in the nearest cache beside the
+// weights that pass. A longer one would come from the next cache for each output, and four at a
+// time ask for it a quarter as often; so they do for weights of 4 bits, which meet the most of a
+// row for each byte. Measured on two threads of Zen 4, which has 32 KiB, four at a time against one
+// after the other: 1,024 and 2,560 inputs of 16 bits 1.09 times the time, of 8 bits 1.11, of 4 bits
+// 0.96; 8,192 inputs of 16 bits 0.55.
+inline bool takes_outputs_alone(const jamba_matrix &matrix) {
+  if (matrix.kind == JAMBA_INT4 || (matrix.kind == JAMBA_BF16 && LANES < 16)) return false;
+  return matrix.I * (matrix.kind == JAMBA_INT8 ? 2 : 4) <= 10240;
 }
 
 // y[m][o - first] = W[o] . x[rows[m]] + bias[o] for outputs [first, last) and `count` rows; `next`
@@ -63,9 +88,17 @@ inline void multiply(const jamba_matrix &matrix, int64_t first, int64_t last,
                      int64_t y_stride, const void *next = nullptr) {
   const FewProduct product = {matrix, first, last, operand.tiles, rows, count, y, y_stride, next};
   if (operand.few != nullptr) return operand.few->few(product);
-  int64_t o = first;
-  for (; o + 4 <= last; o += 4) outputs_into<4>(product, o, operand);
-  for (; o < last; o++) outputs_into<1>(product, o, operand);
+  // [row][output], lanes not yet added up.
+  Vec sums[JAMBA_STEP_ROWS * LANES];
+  for (int64_t output = first; output < last; output += LANES) {
+    const int64_t outputs = last - output < LANES ? last - output : LANES;
+    int64_t o = 0;
+    if (count > 1 || !takes_outputs_alone(matrix)) {
+      for (; o + 4 <= outputs; o += 4) outputs_into<4>(product, output + o, operand, sums + o);
+    }
+    for (; o < outputs; o++) outputs_into<1>(product, output + o, operand, sums + o);
+    finish_outputs(product, output, outputs, operand, sums);
+  }
 }
 
 inline int64_t product_scratch(const jamba_product_call &call) {

@@ -16,7 +16,8 @@
 #error "define JAMBA_PATH as the namespace of this instruction set"
 #endif
 
-#define JAMBA_INLINE inline __attribute__((always_inline))
+#define JAMBA_ALWAYS __attribute__((always_inline))
+#define JAMBA_INLINE inline JAMBA_ALWAYS
 
 namespace jamba::JAMBA_PATH {
 
@@ -170,19 +171,24 @@ JAMBA_INLINE WordVec bfloat16_bits(Vec v) {
   return v == v ? bits + 0x7fffu + ((bits >> 16) & 1u) : bits | 0x00400000u;
 }
 
-JAMBA_INLINE HalfVec to_bfloat16(Vec v) {
-  const WordVec high = bfloat16_bits(v) >> 16;
+JAMBA_INLINE HalfVec high_halves(WordVec bits) {
 #if defined(__AVX512F__)
-  return (HalfVec)_mm512_maskz_cvtepi32_epi16(0xffff, (__m512i)high);
+  return (HalfVec)_mm512_maskz_cvtepi32_epi16(0xffff, (__m512i)(bits >> 16));
 #else
-  return __builtin_convertvector(high, HalfVec);
+  return __builtin_convertvector(bits >> 16, HalfVec);
 #endif
 }
+
+JAMBA_INLINE HalfVec to_bfloat16(Vec v) { return high_halves(bfloat16_bits(v)); }
 
 JAMBA_INLINE void store_bfloat16(uint16_t *p, Vec v) {
   const HalfVec half = to_bfloat16(v);
   memcpy(p, &half, sizeof half);
 }
+
+#if defined(__AVX512F__)
+JAMBA_INLINE __mmask16 first_lanes(int64_t count) { return (__mmask16)((1u << count) - 1); }
+#endif
 
 // Element `index` onwards of an array of either type; `count` < LANES leaves the rest zero.
 template <bool BFLOAT16>
@@ -190,12 +196,18 @@ JAMBA_INLINE Vec load_as(const void *array, int64_t index, int64_t count) {
   if constexpr (BFLOAT16) {
     const uint16_t *p = (const uint16_t *)array + index;
     if (count >= LANES) return load_bfloat16(p);
+#if defined(__AVX512F__)
+    return from_bfloat16((HalfVec)_mm256_maskz_loadu_epi16(first_lanes(count), p));
+#endif
     uint16_t part[LANES] = {};
     memcpy(part, p, (size_t)count * sizeof *p);
     return load_bfloat16(part);
   } else {
     const float *p = (const float *)array + index;
     if (count >= LANES) return load(p);
+#if defined(__AVX512F__)
+    return _mm512_maskz_loadu_ps(first_lanes(count), p);
+#endif
     float part[LANES] = {};
     memcpy(part, p, (size_t)count * sizeof *p);
     return load(part);

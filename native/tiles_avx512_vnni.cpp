@@ -8,9 +8,11 @@ namespace {
 // The instruction takes one side unsigned: rows are moved up by 128, and what that adds, 128 times
 // the sum of the weights, is taken off at the end.
 struct Quads {
-  typedef __m512i Sum;
+  // Not __m512i, which may alias anything: GCC 12 then stores every sum after every product.
+  typedef int32_t Sum __attribute__((vector_size(64)));
   static Sum product(Sum sum, __m512i weights, __m512i rows) {
-    return _mm512_dpbusd_epi32(sum, _mm512_xor_si512(rows, _mm512_set1_epi8((char)0x80)), weights);
+    const __m512i unsigned_rows = _mm512_xor_si512(rows, _mm512_set1_epi8((char)0x80));
+    return (Sum)_mm512_dpbusd_epi32((__m512i)sum, unsigned_rows, weights);
   }
 };
 

@@ -66,7 +66,7 @@ def test_ids_out_of_range_are_refused(wrong: int):
 
 @pytest.mark.parametrize("wrong", [["a"], [None], [1.5]])
 def test_ids_that_are_no_integers_are_refused(wrong: list):
-    with pytest.raises(InputError, match="token id 0 is .*: expected an int"):
+    with pytest.raises(InputError, match=r"token id 0 is .*: expected an int"):
         shaken_model(SMALL).logits([wrong])
 
 
