@@ -19,28 +19,21 @@ inline int64_t cache_line_floats(int64_t floats) { return divide_up(floats, 16) 
 
 inline int64_t padded_inputs(int64_t inputs) { return divide_up(inputs, INPUT_PAD) * INPUT_PAD; }
 
-// Between rows that lie a power of two apart, which would be kept in the same places of a cache,
-// and drive each other out.
-constexpr int64_t ROW_GAP = 32;
-
-// From the beginning of a row to that of the next, in whatever it consists of.
-inline int64_t row_stride(int64_t inputs) { return padded_inputs(inputs) + ROW_GAP; }
-
 // Rows of x, arranged as one kind of weight meets them.
 struct Operand {
-  float *wide;        // [M][stride]: F32 in order; BF16 evens, then odds, of every 2 LANES
-  int16_t *fixed;     // [M][stride]: INT8 in order; INT4 as `nibble_input` says
+  float *wide;        // [M][padded]: F32 in order; BF16 evens, then odds, of every 2 LANES
+  int16_t *fixed;     // [M][padded]: INT8 in order; INT4 as `nibble_input` says
   float *unit;        // [M] what 1 in `fixed` stands for
   float *group_sums;  // [M][groups] of `fixed`, for the minima of INT4
-  int64_t stride, groups;
+  int64_t padded, groups;
   const TileKernels *few;  // who multiplies `tiles`, instead of all of the above; or null
   FewTiles tiles;
 };
 
 // Floats of scratch that an operand of any kind takes.
 inline int64_t operand_floats(int64_t rows, int64_t inputs) {
-  const int64_t stride = row_stride(inputs), whole = divide_up(rows, FEW) * FEW;
-  return whole * (stride + stride / 16) + cache_line_floats(rows) + stride;
+  const int64_t padded = padded_inputs(inputs), whole = divide_up(rows, FEW) * FEW;
+  return whole * (padded + padded / 16) + cache_line_floats(rows) + padded;
 }
 
 // The first of the two inputs in byte `b` of a row; the other is 16 inputs on.
@@ -102,15 +95,15 @@ inline void fix_row(const float *x, int64_t inputs, int16_t *fixed, float *unit)
 inline Operand operand_in(const TileKernels &kernels, const jamba_matrix &matrix, int64_t rows,
                           float *scratch) {
   const bool few = takes_few(kernels, matrix);
-  const int64_t stride = row_stride(matrix.I), whole = few ? divide_up(rows, FEW) * FEW : rows;
-  float *unit = scratch + whole * stride, *group_sums = unit + cache_line_floats(rows);
+  const int64_t padded = padded_inputs(matrix.I), whole = few ? divide_up(rows, FEW) * FEW : rows;
+  float *unit = scratch + whole * padded, *group_sums = unit + cache_line_floats(rows);
   const int64_t groups = matrix.kind == JAMBA_INT4 ? matrix.I / matrix.group : 0;
   int16_t *integers = (int16_t *)(group_sums + whole / FEW * groups * TILE);
   return {scratch,
           (int16_t *)scratch,
           unit,
           group_sums,
-          stride,
+          padded,
           groups,
           few ? &kernels : nullptr,
           {(uint32_t *)scratch, unit, group_sums, integers, slots_for(matrix, rows)}};
@@ -124,11 +117,11 @@ inline Operand prepare_operand(const TileKernels &kernels, const jamba_matrix &m
     kernels.cut_few(matrix, x, stride, rows, operand.tiles);
     return operand;
   }
-  const int64_t inputs = matrix.I, padded = padded_inputs(inputs);
+  const int64_t inputs = matrix.I, padded = operand.padded;
   for (int64_t m = 0; m < rows; m++) {
     const float *in = x + m * stride;
-    float *wide = operand.wide + m * operand.stride;
-    int16_t *fixed = operand.fixed + m * operand.stride;
+    float *wide = operand.wide + m * padded;
+    int16_t *fixed = operand.fixed + m * padded;
     switch (matrix.kind) {
       case JAMBA_F32:
         memcpy(wide, in, (size_t)inputs * sizeof *in);

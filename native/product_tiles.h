@@ -124,7 +124,7 @@ inline void float_tile(const jamba_matrix &matrix, int64_t output, const char *a
   const float *const weights = (const float *)matrix.values + output * matrix.I;
   Vec sum[OUTPUTS][ROWS] = {};
   const float *x[ROWS];
-  for (int m = 0; m < ROWS; m++) x[m] = operand.wide + rows[m] * operand.stride;
+  for (int m = 0; m < ROWS; m++) x[m] = operand.wide + rows[m] * operand.padded;
   const int64_t whole = matrix.I / (2 * LANES) * (2 * LANES);
   const auto step = [&](int64_t i, auto load_weights) JAMBA_ALWAYS {
     fetch_in_order<OUTPUTS>(after, i * 4, 2 * sizeof(Vec));
@@ -163,7 +163,7 @@ inline void bfloat16_tile(const jamba_matrix &matrix, int64_t output, const char
   const uint16_t *const weights = (const uint16_t *)matrix.values + output * matrix.I;
   Vec sum[OUTPUTS][ROWS] = {};
   const float *x[ROWS];
-  for (int m = 0; m < ROWS; m++) x[m] = operand.wide + rows[m] * operand.stride;
+  for (int m = 0; m < ROWS; m++) x[m] = operand.wide + rows[m] * operand.padded;
   const int64_t whole = matrix.I / (2 * LANES) * (2 * LANES);
   const auto step = [&](int64_t i, auto load_weights) JAMBA_ALWAYS {
     fetch_in_order<OUTPUTS>(after, i * 2, sizeof(Vec));
@@ -205,7 +205,7 @@ inline void int8_tile(const jamba_matrix &matrix, int64_t output, const char *af
   const int8_t *const weights = (const int8_t *)matrix.values + output * matrix.I;
   Vec wide[OUTPUTS][ROWS] = {};
   const int16_t *x[ROWS];
-  for (int m = 0; m < ROWS; m++) x[m] = operand.fixed + rows[m] * operand.stride;
+  for (int m = 0; m < ROWS; m++) x[m] = operand.fixed + rows[m] * operand.padded;
   constexpr int64_t STEP = 2 * LANES;
   const int64_t whole = matrix.I / STEP * STEP;
   for (int64_t begin = 0; begin < matrix.I; begin += EXACT_STEPS * STEP) {
@@ -258,7 +258,7 @@ inline void int4_tile(const jamba_matrix &matrix, int64_t output, const char *af
   const uint8_t *const weights = (const uint8_t *)matrix.values + output * bytes;
   Vec wide[OUTPUTS][ROWS] = {};
   const int16_t *x[ROWS];
-  for (int m = 0; m < ROWS; m++) x[m] = operand.fixed + rows[m] * operand.stride;
+  for (int m = 0; m < ROWS; m++) x[m] = operand.fixed + rows[m] * operand.padded;
   constexpr int64_t STEP = 2 * LANES;  // bytes
   for (int64_t first = 0; first < groups; first += WIDE_GROUPS) {
     const int64_t count = groups - first < WIDE_GROUPS ? groups - first : WIDE_GROUPS;

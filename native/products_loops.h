@@ -59,6 +59,7 @@ inline void finish_outputs(const FewProduct &p, int64_t output, int64_t count,
   const jamba_matrix &matrix = p.matrix;
   const float *const scales = (const float *)matrix.scale;
   for (int64_t row = 0; row < p.count; row++, sums += LANES) {
+    // They add nothing to the others; but nothing is read that was never written.
     for (int64_t lane = count; lane < LANES; lane++) sums[lane] = Vec{};
     Vec y = sum_each(sums);
     if (matrix.kind == JAMBA_INT8) y = y * load_as<false>(scales, output, count);
