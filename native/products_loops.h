@@ -74,9 +74,11 @@ inline void finish_outputs(const FewProduct &p, int64_t output, int64_t count,
 // Whether one row meets one output after the other: while it stays in the nearest cache beside the
 // weights that pass. A longer one would come from the next cache for each output, and four at a
 // time ask for it a quarter as often; so they do for weights of 4 bits, which meet the most of a
-// row for each byte. Measured on two threads of Zen 4, which has 32 KiB, four at a time against one
-// after the other: 1,024 and 2,560 inputs of 16 bits 1.09 times the time, of 8 bits 1.11, of 4 bits
-// 0.96; 8,192 inputs of 16 bits 0.55.
+// row for each byte. Measured on Zen 4, which has 32 KiB, four at a time against one after the
+// other: whole steps on two threads, 1,024 and 2,560 inputs, 1.08 to 1.09 times the time with 16
+// bits, 1.10 to 1.12 with 8, 0.95 to 0.97 with 4; on one thread 8,192 inputs of 16 bits 0.55. With
+// narrow vectors products of 16 bits, each of which waits for the one before, are slower than
+// memory.
 inline bool takes_outputs_alone(const jamba_matrix &matrix) {
   if (matrix.kind == JAMBA_INT4 || (matrix.kind == JAMBA_BF16 && LANES < 16)) return false;
   return matrix.I * (matrix.kind == JAMBA_INT8 ? 2 : 4) <= 10240;
