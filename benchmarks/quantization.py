@@ -25,9 +25,16 @@ from torch import Tensor
 
 import jamba_lm
 from jamba_lm.data import read_documents
+from jamba_lm.kernels.native_structs import RowRounding
 from jamba_lm.kernels.packed_weights import Int4Weight
 from jamba_lm.quantization.linear import PackedLinear
-from jamba_lm.quantization.policy import Packing, all_schemes, matrix_class
+from jamba_lm.quantization.policy import (
+    Packing,
+    Scheme,
+    all_schemes,
+    find_scheme,
+    matrix_class,
+)
 from jamba_lm.quantization.rewrite import quantize_weight
 
 SAMPLE = Path(__file__).resolve().parents[1] / "tests" / "data" / "held_out.jsonl"
@@ -190,14 +197,13 @@ def by_grid(held_out: HeldOut) -> list[Damage]:
     return [held_out.rounded(label, names, grid) for label, grid in grids.items()]
 
 
-def by_rows(held_out: HeldOut, folder: Path) -> list[Damage]:
-    """Measure rows rounded to 8 bits where they meet each kind of matrix in 8 bits."""
-    scheme = next(scheme for scheme in all_schemes() if scheme.name == "int8")
-    rules: dict[str, Callable[[str], bool]] = {
-        "none": lambda name: False,
-        **{one: partial(_is_called, one) for one in MATRICES},
-        "all": lambda name: True,
-        "int8": scheme.rounds_rows,
+def by_rows(held_out: HeldOut, folder: Path, scheme: Scheme) -> list[Damage]:
+    """Measure rows rounded to 8 bits where they meet each kind of packed matrix."""
+    rules: dict[str, Callable[[str], RowRounding]] = {
+        "none": lambda name: RowRounding.NONE,
+        **{one: partial(_only, one) for one in MATRICES},
+        "all": lambda name: RowRounding.BY_ROW,
+        f"as {scheme.label} has it": scheme.rounds_rows,
     }
     found = []
     for label, rounds in rules.items():
@@ -206,13 +212,13 @@ def by_rows(held_out: HeldOut, folder: Path) -> list[Damage]:
         for name, module in model.decoder.named_modules():
             if isinstance(module, PackedLinear):
                 module.rows8 = rounds(f"{name}.weight")
-                values += module.rows8 * math.prod(module.weight.shape)
+                values += (module.rows8 != RowRounding.NONE) * math.prod(module.weight.shape)
         found.append(held_out.damage(label, model, values))
     return found
 
 
-def _is_called(matrix: str, name: str) -> bool:
-    return name.split(".")[-2] == matrix
+def _only(matrix: str, name: str) -> RowRounding:
+    return RowRounding.BY_ROW if name.split(".")[-2] == matrix else RowRounding.NONE
 
 
 def search_grid(packing: Packing, name: str, x: Tensor) -> Tensor:
@@ -299,11 +305,14 @@ def main() -> None:
         found |= {
             "matrices": by_matrix(held_out),
             "grids": by_grid(held_out),
-            "rows": by_rows(held_out, folder),
+            **{
+                f"rows {label}": by_rows(held_out, folder, find_scheme(label))
+                for label in ("int8", "int4")
+            },
         }
     tables = {
         # Rows are rounded in a model that is rounded already.
-        name: damage_table(rows, rows[0] if name == "rows" else base)
+        name: damage_table(rows, rows[0] if name.startswith("rows") else base)
         for name, rows in found.items()
         if name != "schemes"
     }

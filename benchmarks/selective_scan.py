@@ -122,7 +122,7 @@ def measure(tokens: int, channels: int, threads: int) -> dict[str, Any]:
     return {
         "hardware": hardware(),
         "elements": elements,
-        "fma_nanoseconds": [one.multiply_adds for one in verdicts.values()],
+        "fma_nanoseconds": {name: one.multiply_adds for name, one in verdicts.items()},
         "problems": {
             name: verdict.problem for name, verdict in verdicts.items() if verdict.problem
         },
@@ -158,6 +158,17 @@ def table(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def slots(result: dict[str, Any], path: str) -> str:
+    """Say how many multiply-adds of the widest vectors as many elements take, side by side."""
+    shortest, longest = result["fma_nanoseconds"][f"{path} forward"]
+    elements = STATES * result["nanoseconds_per_element"][path]["forward"]
+    return (
+        f"one multiply-add of the widest vectors takes {shortest:.4f} to {longest:.4f} ns; "
+        f"{STATES} elements of the {path} forward pass take the time of {elements / longest:.1f} "
+        f"to {elements / shortest:.1f} of them"
+    )
+
+
 def main() -> None:
     """Print a table and, with --out, write the JSON record."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
@@ -170,12 +181,7 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     result = measure(options.tokens, options.channels, options.threads)
     print(table(result))
-    best = loaded_library().paths_here[0]
-    slots = 16 * result["nanoseconds_per_element"][best]["forward"] / result["fma_nanoseconds"]
-    print(
-        f"\none multiply-add of the widest vectors takes {result['fma_nanoseconds']:.4f} ns; 16 "
-        f"elements of the {best} forward pass take the time of {slots:.1f} of them"
-    )
+    print(f"\n{slots(result, loaded_library().paths_here[0])}")
     print(f"{result['hardware']}")
     for name, problem in result["problems"].items():
         print(f"CONTAMINATED, do not quote: {name}: {problem}")

@@ -14,7 +14,7 @@
 
 #include <stdint.h>
 
-#define JAMBA_ABI_VERSION 5
+#define JAMBA_ABI_VERSION 6
 
 // Tokens between two saved states of the scan; what backward recomputes at once.
 #define JAMBA_CHECKPOINT_TOKENS 16
@@ -191,6 +191,14 @@ enum {
   JAMBA_INT4 = 3,
 };
 
+// Whether bfloat16 rows that meet a matrix of INT8 or INT4 may be rounded to 8 bits, where they are
+// many and that is faster.
+enum {
+  JAMBA_ROWS_KEPT = 0,
+  JAMBA_ROWS8_BY_GROUP = 1,  // with a scale for each 64 inputs
+  JAMBA_ROWS8 = 2,           // so, or with a scale for the row
+};
+
 // W of y = W x + bias, with O outputs and I inputs.
 typedef struct {
   int64_t kind, O, I;
@@ -199,7 +207,7 @@ typedef struct {
   const void *scale;    // INT8, INT4
   const void *minimum;  // INT4
   const float *bias;    // null means none
-  int64_t rows8;        // INT8 only: bfloat16 rows, where many, may be rounded to 8 bits as well
+  int64_t rows8;        // JAMBA_ROWS_KEPT ..
 } jamba_matrix;
 
 // y = W x for rows of float32 or bfloat16 (JAMBA_U), in the type of x.

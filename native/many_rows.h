@@ -18,7 +18,7 @@ constexpr int64_t MOST_OUTPUTS = 256;
 
 // Words of scratch for weights and for sums of at most `outputs` outputs and any rows.
 static inline int64_t weight_words(int64_t outputs) {
-  return tiles_of(outputs) * DEPTH_OF_PART * TILE_WORDS;
+  return tiles_of(outputs) * DEPTH_OF_PART * (TILE_WORDS + (int64_t)sizeof(WeightGroup) / 4);
 }
 static inline int64_t sum_words(int64_t outputs) {
   return tiles_of(outputs) * ROW_TILES_OF_PART * TILE_WORDS;

@@ -4,14 +4,14 @@
 
 #include "many_rows.h"
 #include "team.h"
-#include "tile_loops.h"
+#include "weight_tiles_loops.h"
 
 namespace jamba::JAMBA_PATH {
 
 // What a thread has for products.
 struct Products {
   const TileKernels &kernels;
-  uint32_t *weights;  // [output tile][DEPTH_OF_PART][TILE_WORDS]
+  uint32_t *weights;  // [output tile][DEPTH_OF_PART][TILE_WORDS], then a WeightGroup for each
   uint32_t *sums;     // [row tile][output tile][TILE_WORDS]
 };
 
@@ -22,6 +22,7 @@ inline void multiply_tiles(const TileKernels &kernels, Words words, const TilePr
     case Words::FLOATS: return float_tiles(product);
     case Words::PAIRS: return kernels.pairs(product);
     case Words::QUADS: return kernels.quads(product);
+    case Words::GROUPS: return kernels.groups(product);
   }
 }
 
@@ -36,9 +37,13 @@ struct Outputs {
 inline void sum_products(const Products &with, const jamba_matrix &matrix, int64_t first,
                          int64_t last, const TiledRows &x, int64_t row_tile, int64_t row_tiles,
                          uint32_t *sums, const Outputs &next) {
+  const bool grouped = x.words == Words::GROUPS;
+  const int64_t groups_of_tile = matrix.kind != JAMBA_INT4 ? 0 : matrix.group == 32 ? 2 : 1;
+  const int64_t output_tiles = tiles_of(last - first);
   for (int64_t d = 0; d < x.depth; d += DEPTH_OF_PART) {
     const int64_t depth = x.depth - d < DEPTH_OF_PART ? x.depth - d : DEPTH_OF_PART;
-    tile_weights(matrix, x.words, first, last, d, depth, with.weights);
+    WeightGroup *const groups = (WeightGroup *)(with.weights + output_tiles * depth * TILE_WORDS);
+    tile_weights(matrix, x.words, first, last, d, depth, with.weights, groups);
     Ahead ahead;
     if (d + depth < x.depth) {
       ahead = weights_ahead(matrix, x.words, first, last, d + depth, DEPTH_OF_PART);
@@ -46,8 +51,9 @@ inline void sum_products(const Products &with, const jamba_matrix &matrix, int64
       ahead = weights_ahead(*next.matrix, x.words, next.first, next.last, 0, DEPTH_OF_PART);
     }
     multiply_tiles(with.kernels, x.words,
-                   {with.weights, x.tile(row_tile, d), x.depth * TILE_WORDS, depth,
-                    tiles_of(last - first), row_tiles, sums, d > 0, ahead});
+                   {with.weights, x.tile(row_tile, d), x.depth * TILE_WORDS, depth, output_tiles,
+                    row_tiles, sums, d > 0, ahead, grouped ? x.groups(row_tile, d) : nullptr,
+                    x.depth, groups, groups_of_tile});
   }
 }
 

@@ -8,7 +8,7 @@
 
 #include "few_rows.h"
 #include "paths.h"
-#include "simd.h"
+#include "simd_integers.h"
 
 namespace jamba::JAMBA_PATH {
 

@@ -16,14 +16,14 @@ static Path with_tiles(const char *name, Path path, bool (*runs_here)(), TileKer
 
 static const Path amx = with_tiles(
     "amx", path_avx512_vnni, [] { return path_avx512_vnni.runs_here() && amx_runs_here(); },
-    {begin_amx, end_amx, pairs_by_amx, quads_by_amx, cut_few_for_amx, few_by_amx});
+    {begin_amx, end_amx, pairs_by_amx, quads_by_amx, nullptr, cut_few_for_amx, few_by_amx});
 static const Path avx512_vnni =
     with_tiles("avx512_vnni", path_avx512_vnni, path_avx512_vnni.runs_here,
-               {nullptr, nullptr, nullptr, quads_by_avx512_vnni, nullptr, nullptr});
+               {nullptr, nullptr, nullptr, nullptr, groups_by_avx512_vnni, nullptr, nullptr});
 static const Path avx512_bf16 =
     with_tiles("avx512_bf16", path_avx512_vnni,
                [] { return path_avx512_vnni.runs_here() && __builtin_cpu_supports("avx512bf16"); },
-               {nullptr, nullptr, pairs_by_avx512_bf16, quads_by_avx512_vnni, nullptr, nullptr});
+               {nullptr, nullptr, pairs_by_avx512_bf16, nullptr, groups_by_avx512_vnni, nullptr, nullptr});
 #endif
 
 // Fastest first.

@@ -55,7 +55,7 @@ Demand demand_of(const jamba_step_call &call, const TileKernels &kernels) {
     }
     const jamba_matrix &down = layer.feed_forward[2];
     most.hidden = std::max(most.hidden, words(down, pairs));
-    if (words_for(kernels, down, model.bfloat16) == Words::QUADS) {
+    if (are_bytes(words_for(kernels, down, model.bfloat16))) {
       // QUADS are of models in bfloat16.
       most.wide_hidden = std::max(most.wide_hidden, divide_up(pairs * TILE * model.F, 2));
     }

@@ -63,7 +63,7 @@ inline void tile_keys(const Prefill &prefill, const AttentionSizes &sizes,
                       int64_t position, int64_t count) {
   const jamba_model &model = prefill.model;
   const bool half = model.bfloat16;
-  const int64_t P = model.P, width = model.G * P, per_tile = TILE * (int64_t)sizes.words;
+  const int64_t P = model.P, width = model.G * P, per_tile = TILE * inputs_in(sizes.words);
   alignas(64) float lines[TILE_WORDS];
   const void *values[KEYS_AT_ONCE];
   int64_t rows[KEYS_AT_ONCE];
@@ -95,7 +95,7 @@ inline void tile_keys(const Prefill &prefill, const AttentionSizes &sizes,
                     : Vec{});
         }
       }
-      join_words(sizes.words, lines, words + s % per_tile / (int64_t)sizes.words * TILE);
+      join_words(sizes.words, lines, words + s % per_tile / inputs_in(sizes.words) * TILE);
       if (s % per_tile + TILE == per_tile) {
         turn(words,
              scratch.values + (channel / TILE * sizes.key_depth + s / per_tile) * TILE_WORDS);
@@ -142,7 +142,7 @@ inline void weigh_keys(const Prefill &prefill, const AttentionSizes &sizes,
     }
   }
   for (int64_t s = 0; s < KEYS_AT_ONCE; s += TILE) {
-    join_words(sizes.words, scores + s * TILE, weights + s / (int64_t)sizes.words * TILE);
+    join_words(sizes.words, scores + s * TILE, weights + s / inputs_in(sizes.words) * TILE);
   }
 }
 

@@ -77,10 +77,10 @@ inline void gate_rows(const Prefill &prefill, const jamba_matrix *matrices, int6
   const int64_t output_tiles = tiles_of(last - first);
   uint32_t *const ups = prefill.products.sums;
   uint32_t *const gates = ups + sum_words(MOST_OUTPUTS / 2);
-  const int64_t per_tile = TILE * (int64_t)hidden.words;
+  const int64_t per_tile = TILE * inputs_in(hidden.words);
   // The last piece also clears what is left of the last tile.
   const int64_t F = prefill.model.F, end = last < F ? last : hidden.depth * per_tile;
-  const bool exact = hidden.words == Words::QUADS;  // which need all of a row first
+  const bool exact = are_bytes(hidden.words);  // which need more of a row first
   for (int64_t t = 0; t < expert.tiles; t += ROW_TILES_OF_PART) {
     const int64_t left = expert.tiles - t, start = expert.first_tile + t;
     const int64_t some = left < ROW_TILES_OF_PART ? left : ROW_TILES_OF_PART;
@@ -91,9 +91,9 @@ inline void gate_rows(const Prefill &prefill, const jamba_matrix *matrices, int6
     for (int64_t r = 0; r < some; r++) {
       for (int64_t output = first; output < end; output += TILE) {
         uint32_t *words = hidden.tile(start + r, output / per_tile) +
-                          output % per_tile / (int64_t)hidden.words * TILE;
+                          output % per_tile / inputs_in(hidden.words) * TILE;
         if (output >= last) {
-          if (!exact) memset(words, 0, TILE_WORDS / (int64_t)hidden.words * sizeof *words);
+          if (!exact) memset(words, 0, TILE_WORDS / inputs_in(hidden.words) * sizeof *words);
           continue;
         }
         const int64_t at = (r * output_tiles + (output - first) / TILE) * TILE_WORDS;
@@ -156,7 +156,7 @@ inline void prefill_feed_forward(Prefill &prefill, const jamba_layer &layer) {
               hidden, gates_of(next));
   });
 
-  if (hidden.words == Words::QUADS) {
+  if (are_bytes(hidden.words)) {
     const RowSource source = {shared.wide_hidden, (bool)model.bfloat16, F};
     prefill.team.share(used_tiles(prefill, experts), [&](int64_t tile) {
       tile_rows(hidden, tile, source, RowsOfTile(tile).rows, pairs_in(prefill, tile), 0);

@@ -92,7 +92,7 @@ inline void tile_channels(const Prefill &prefill, const TiledRows &out, const vo
 
 // QUADS need the largest value of a row, and so all of its channels.
 inline void tile_exactly(Prefill &prefill, const TiledRows &out, const void *from) {
-  if (out.words != Words::QUADS) return;
+  if (!are_bytes(out.words)) return;
   const RowSource source = {from, (bool)prefill.model.bfloat16, prefill.model.C};
   prefill.team.share(prefill.row_tiles(), [&](int64_t tile) {
     tile_rows(out, tile, source, RowsOfTile(tile).rows, prefill.rows_of(tile), 0);
@@ -134,7 +134,7 @@ inline void prefill_mamba(Prefill &prefill, const jamba_layer &layer,
         convolve(prefill, layer, memories[b], b, c);
       }
     }
-    if (u.words != Words::QUADS) tile_channels(prefill, u, shared.u, range);
+    if (!are_bytes(u.words)) tile_channels(prefill, u, shared.u, range);
   });
   tile_exactly(prefill, u, shared.u);
 
@@ -179,7 +179,7 @@ inline void prefill_mamba(Prefill &prefill, const jamba_layer &layer,
                   });
     scan_rows(prefill, layer, memories, range, steps, out,
               out + prefill.call.M * CHANNELS_OF_PIECE);
-    if (y.words != Words::QUADS) tile_channels(prefill, y, shared.gate, range);
+    if (!are_bytes(y.words)) tile_channels(prefill, y, shared.gate, range);
   });
   tile_exactly(prefill, y, shared.gate);
   add_to_stream(prefill, layer.out_proj, y);

@@ -1,5 +1,5 @@
-// The only file that knows instruction sets: a vector of LANES floats and the few
-// operations the kernels need. It is compiled once per path, each time with other
+// One of two files that know instruction sets (simd_integers.h is the other): a vector of LANES
+// floats and the few operations the kernels need. It is compiled once per path, each time with other
 // flags, and JAMBA_PATH names the namespace, so that no inline function of one path
 // can be linked into another.
 #ifndef JAMBA_SIMD_H

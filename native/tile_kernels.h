@@ -7,7 +7,7 @@
 namespace jamba {
 
 void pairs_by_avx512_bf16(const TileProduct &product);
-void quads_by_avx512_vnni(const TileProduct &product);
+void groups_by_avx512_vnni(const TileProduct &product);
 
 // The registers of AMX are to be set up by `begin_amx` on each thread, and given back.
 void begin_amx();

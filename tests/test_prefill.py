@@ -16,6 +16,7 @@ from jamba_lm import prefill as prefill_module
 from jamba_lm.errors import BackendUnavailable
 from jamba_lm.kernels.library import loaded_library
 from jamba_lm.kernels.native_step import STEP_ROWS, Floats
+from jamba_lm.kernels.native_structs import RowRounding
 from jamba_lm.language_model import LanguageModel
 from jamba_lm.model.state import SequenceState
 from jamba_lm.prefill import prefill
@@ -106,14 +107,14 @@ def test_a_prefill_of_a_quantised_model_says_what_its_modules_say(scheme: str, p
 
 
 def quantised_errors(
-    scheme: str, path: str, rounds: Callable[[PackedLinear], bool]
+    scheme: str, path: str, rounds: Callable[[PackedLinear], RowRounding]
 ) -> tuple[float, float]:
     """Return mean errors of a prefill and of the modules, in bfloat16, against float32.
 
     Args:
         scheme: of the weights.
         path: of the prefill.
-        rounds: says of which matrices the rows are rounded to 8 bits.
+        rounds: says how the rows of a matrix may be rounded.
     """
     errors: dict[str, list[Tensor]] = {"prefill": [], "modules": []}
     for seed in range(4):
@@ -142,17 +143,31 @@ def quantised_errors(
 @pytest.mark.parametrize("scheme", ["experts-int8", "int8", "int4"])
 @pytest.mark.parametrize("path", PATHS)
 def test_a_quantised_prefill_in_bfloat16_is_no_further_off_than_the_modules(scheme: str, path: str):
-    ours, modules = quantised_errors(scheme, path, lambda _: False)
+    ours, modules = quantised_errors(scheme, path, lambda _: RowRounding.NONE)
     assert ours <= 1.05 * modules
 
 
-@pytest.mark.parametrize("path", [path for path in PATHS if path in ("amx", "avx512_vnni")])
-def test_the_scheme_int8_lets_rows_be_rounded_to_eight_bits(path: str):
-    plain, modules = quantised_errors("int8", path, lambda _: False)
-    chosen, _ = quantised_errors("int8", path, lambda module: module.rows8)
-    every, _ = quantised_errors("int8", path, lambda _: True)
+# Those that multiply rows of 8 bits by weights of 8 bits, and those that do by 4 as well.
+BYTE_PATHS = [path for path in PATHS if path in ("amx", "avx512_bf16", "avx512_vnni")]
+NIBBLE_PATHS = [path for path in BYTE_PATHS if path != "amx"]
+
+
+@pytest.mark.parametrize(
+    ("scheme", "path"),
+    [("int8", path) for path in BYTE_PATHS] + [("int4", path) for path in NIBBLE_PATHS],
+)
+def test_a_scheme_lets_rows_be_rounded_to_eight_bits(scheme: str, path: str):
+    plain, modules = quantised_errors(scheme, path, lambda _: RowRounding.NONE)
+    chosen, _ = quantised_errors(scheme, path, lambda module: module.rows8)
     # Half a unit of 127 is some four times as coarse as bfloat16 at the largest value of a row.
-    assert plain < chosen < every <= 4 * modules
+    assert plain < chosen <= 4 * modules
+    if scheme == "int8":
+        every, _ = quantised_errors(scheme, path, lambda _: RowRounding.BY_ROW)
+        assert chosen < every <= 4 * modules
+
+
+@pytest.mark.parametrize("path", BYTE_PATHS)
+def test_the_scheme_of_experts_keeps_rows_as_they_are(path: str):
     kept, modules = quantised_errors("experts-int8", path, lambda module: module.rows8)
     assert kept <= 1.05 * modules
 

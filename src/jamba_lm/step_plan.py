@@ -19,7 +19,7 @@ from jamba_lm.errors import BackendUnavailable
 from jamba_lm.kernels import native, ops
 from jamba_lm.kernels.native_matrix import describe_matrix, why_not_matrix
 from jamba_lm.kernels.native_step import Floats
-from jamba_lm.kernels.native_structs import Matrix
+from jamba_lm.kernels.native_structs import Matrix, RowRounding
 from jamba_lm.kernels.packed_weights import Int4Weight, PackedWeight
 from jamba_lm.model.attention import AttentionMixer
 from jamba_lm.model.block import Block
@@ -99,7 +99,9 @@ class _ModuleWeights:
     def matrix(self, name: str) -> Matrix:
         module = self._modules[name]
         bias = getattr(module, "bias", None)
-        return describe_matrix(_weight(module), bias, rows8=getattr(module, "rows8", False))
+        return describe_matrix(
+            _weight(module), bias, rows8=getattr(module, "rows8", RowRounding.NONE)
+        )
 
     def vector(self, name: str) -> Floats | None:
         holder, _, leaf = name.rpartition(".")

@@ -8,7 +8,7 @@ from benchmarks.calibration import probe
 from benchmarks.engine_worker import random_ids
 from benchmarks.prediction import missed, speeds_of, table
 from benchmarks.quiet import Sample, judge
-from benchmarks.selective_scan import by_scan
+from benchmarks.selective_scan import by_scan, slots
 from benchmarks.timing import Patience, SampleFailure, Stopwatch, timed
 
 
@@ -102,3 +102,12 @@ def test_predictions_are_held_against_measurements():
     assert "| 1.50 |" in table([{**row, "problem": None}])
     assert "| [1.50] |" in table([{**row, "problem": "noise"}])
     assert missed([row]) == ["tiny bf16, decode"]
+
+
+def test_a_scan_is_told_in_multiply_adds_of_the_same_minutes():
+    result = {
+        "fma_nanoseconds": {"avx2 forward": (0.1, 0.2), "avx2 forward+backward": (9.0, 9.0)},
+        "nanoseconds_per_element": {"avx2": {"forward": 0.25, "forward+backward": 1.0}},
+    }
+    assert "0.1000 to 0.2000 ns" in slots(result, "avx2")
+    assert "the time of 20.0 to 40.0 of them" in slots(result, "avx2")

@@ -24,6 +24,7 @@ from jamba_lm.kernels.native_structs import (
     INT8_KIND,
     Matrix,
     MatrixStruct,
+    RowRounding,
 )
 from jamba_lm.model.parameters import KEPT_WIDE, Shape, parameter_shapes
 from jamba_lm.quantization.policy import Scheme
@@ -151,7 +152,7 @@ class MappedWeights:
         minimum = None
         if packing is None:
             values, scale = self._stored[public], None
-            kind, group, rows8 = _FLOAT_KINDS[values.code], 0, False
+            kind, group, rows8 = _FLOAT_KINDS[values.code], 0, RowRounding.NONE
         else:
             assert self.scheme is not None
             parts = {part: self._stored[f"{public}.{part}"] for part in packing.parts((1, 1))}

@@ -15,6 +15,7 @@ from jamba_lm.kernels.native_structs import (
     INT8_KIND,
     Matrix,
     MatrixStruct,
+    RowRounding,
 )
 from jamba_lm.kernels.packed_weights import Int8Weight, PackedWeight
 
@@ -34,15 +35,14 @@ def why_not_matrix(weight: Tensor | PackedWeight) -> str | None:
 
 
 def describe_matrix(
-    weight: Tensor | PackedWeight, bias_O: Tensor | None, *, rows8: bool = False
+    weight: Tensor | PackedWeight, bias_O: Tensor | None, *, rows8: RowRounding = RowRounding.NONE
 ) -> Matrix:
     """Describe a matrix that `why_not_matrix` has nothing against.
 
     Args:
         weight: `[O, I]`.
         bias_O: added to the product, or None.
-        rows8: bfloat16 rows that meet a matrix of 8 bits may be rounded to 8 bits as well, when
-            they are many and the processor multiplies such numbers.
+        rows8: whether bfloat16 rows that meet a packed matrix may be rounded to 8 bits as well.
     """
     outputs, inputs = weight.shape
     bias = None if bias_O is None else bias_O.detach().to(torch.float32).contiguous()

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from jamba_lm.kernels.library import loaded_library
 from jamba_lm.kernels.native_matrix import describe_matrix
-from jamba_lm.kernels.native_structs import MatrixStruct
+from jamba_lm.kernels.native_structs import MatrixStruct, RowRounding
 from jamba_lm.kernels.packed_weights import PackedWeight
 from jamba_lm.kernels.tensors import gradient_is_needed, with_unit_columns
 
@@ -64,7 +64,7 @@ def float_linear(
     weight: Tensor | PackedWeight,
     bias_O: Tensor | None = None,
     *,
-    rows8: bool = False,
+    rows8: RowRounding = RowRounding.NONE,
     path: str | None = None,
 ) -> Tensor:
     """Multiply rows by a matrix of any kind; `rows8` as in `describe_matrix`."""

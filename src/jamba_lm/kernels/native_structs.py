@@ -7,12 +7,25 @@ from __future__ import annotations
 
 import ctypes
 from dataclasses import dataclass
+from enum import IntEnum
 
 # JAMBA_F32 .. JAMBA_INT4 of native/jamba_kernels.h.
 F32_KIND, BF16_KIND, INT8_KIND, INT4_KIND = range(4)
 
 # JAMBA_STEP_ROWS: up to so many rows, reading the matrix costs more than multiplying.
 FEW_ROWS = 16
+
+
+class RowRounding(IntEnum):
+    """Whether many bfloat16 rows that meet a packed matrix may be rounded to 8 bits as well.
+
+    They are where the processor multiplies such numbers faster; the values are JAMBA_ROWS_KEPT ..
+    JAMBA_ROWS8 of native/jamba_kernels.h.
+    """
+
+    NONE = 0
+    BY_GROUP = 1  # with a scale for each 64 inputs
+    BY_ROW = 2  # so, or with one scale for the row
 
 
 class MatrixStruct(ctypes.Structure):

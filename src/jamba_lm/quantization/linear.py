@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from jamba_lm.kernels import ops
+from jamba_lm.kernels.native_structs import RowRounding
 from jamba_lm.kernels.packed_weights import PackedWeight
 
 
@@ -26,12 +27,16 @@ class PackedLinear(nn.Module):
         bias: a parameter, or None.
         backend: kernel back-end by name, or None for the fastest that can. A module of the model
             is not told the caller's wish with every call, as `nn.Linear` has none.
-        rows8: many rows in bfloat16 may be rounded to 8 bits, where whole prompts are read by
-            native calls; this module itself never does.
+        rows8: whether many rows in bfloat16 may be rounded to 8 bits, where whole prompts are read
+            by native calls; this module itself never does.
     """
 
     def __init__(
-        self, weight: PackedWeight, bias: nn.Parameter | None = None, *, rows8: bool = False
+        self,
+        weight: PackedWeight,
+        bias: nn.Parameter | None = None,
+        *,
+        rows8: RowRounding = RowRounding.NONE,
     ) -> None:
         super().__init__()
         self.weight = weight

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from jamba_lm.errors import CheckpointError, InputError
+from jamba_lm.kernels.native_structs import RowRounding
 from jamba_lm.kernels.packed_weights import Int8Weight, PackedWeight
 from jamba_lm.model.decoder import Decoder
 from jamba_lm.quantization.grid import quantize_int4
@@ -119,7 +120,12 @@ def quantize_weight(name: str, weight: Tensor, packing: Packing) -> PackedWeight
 
 
 def place_packed(
-    decoder: Decoder, name: str, weight: PackedWeight, dtype: torch.dtype, *, rows8: bool = False
+    decoder: Decoder,
+    name: str,
+    weight: PackedWeight,
+    dtype: torch.dtype,
+    *,
+    rows8: RowRounding = RowRounding.NONE,
 ) -> None:
     """Put a packed matrix in the place of the parameter `name`; a tied head shares it.
 
