@@ -1,8 +1,10 @@
 // Rows of inputs, arranged as the products with one kind of weight meet them.
 //
-// Float weights meet float32 inputs. Integer weights meet inputs of 15 bits and a sign, one
-// scale for a row (relative to its largest value 1.5e-5, which bfloat16's 4e-3 hides): their
-// products and sums are exact, and one instruction does as much as four on floats.
+// Float weights meet float32 inputs; those of bfloat16 meet inputs of that type where the caller
+// lets them be rounded and there is an instruction for it (BF16), twice as fast. Integer weights
+// meet inputs of 15 bits and a sign, one scale for a row (relative to its largest value 1.5e-5,
+// which bfloat16's 4e-3 hides): their products and sums are exact, and one instruction does as much
+// as four on floats.
 #ifndef JAMBA_OPERAND_LOOPS_H
 #define JAMBA_OPERAND_LOOPS_H
 
@@ -13,7 +15,7 @@
 namespace jamba::JAMBA_PATH {
 
 // Inputs are padded with zeros to a multiple of this, so that only weights have tails.
-constexpr int64_t INPUT_PAD = 64;
+constexpr int64_t INPUT_PAD = 128;
 
 inline int64_t cache_line_floats(int64_t floats) { return divide_up(floats, 16) * 16; }
 
@@ -22,6 +24,7 @@ inline int64_t padded_inputs(int64_t inputs) { return divide_up(inputs, INPUT_PA
 // Rows of x, arranged as one kind of weight meets them.
 struct Operand {
   float *wide;        // [M][padded]: F32 in order; BF16 evens, then odds, of every 2 LANES
+  uint16_t *halves;   // [M][padded]: BF16 in order, as bfloat16; or null, and `wide` is meant
   int16_t *fixed;     // [M][padded]: INT8 in order; INT4 as `nibble_input` says
   float *unit;        // [M] what 1 in `fixed` stands for
   float *group_sums;  // [M][groups] of `fixed`, for the minima of INT4
@@ -41,6 +44,33 @@ inline int64_t nibble_input(int64_t b) { return b / 16 * 32 + b % 16; }
 
 // The byte of a row that holds input `i`, in its low half where i % 32 < 16.
 inline int64_t nibble_byte(int64_t i) { return i / 32 * 16 + i % 16; }
+
+// Bytes of weights that are multiplied at a time, two to each.
+#if defined(__AVX512VNNI__)
+constexpr int64_t NIBBLE_STEP = 4 * LANES;
+#else
+constexpr int64_t NIBBLE_STEP = 2 * LANES;
+#endif
+
+// Integers of a row in the order in which weights meet them: for each step, what meets low halves
+// and what meets high ones; of bytes the coarse ones first, and then the others.
+inline void arrange_nibbles(const int16_t *ordered, int64_t padded, int16_t *out) {
+  for (int64_t b = 0; b < padded / 2; b += NIBBLE_STEP, out += 2 * NIBBLE_STEP) {
+    for (int64_t j = 0; j < NIBBLE_STEP; j++) {
+      const int16_t low = ordered[nibble_input(b + j)], high = ordered[nibble_input(b + j) + 16];
+#if defined(__AVX512VNNI__)
+      int8_t *const bytes = (int8_t *)out;
+      bytes[j] = (int8_t)((low + 128) >> 8);
+      bytes[j + NIBBLE_STEP] = (int8_t)((high + 128) >> 8);
+      bytes[j + 2 * NIBBLE_STEP] = (int8_t)low;
+      bytes[j + 3 * NIBBLE_STEP] = (int8_t)high;
+#else
+      out[j] = low;
+      out[j + NIBBLE_STEP] = high;
+#endif
+    }
+  }
+}
 
 // The largest magnitude in a row that is to become integers.
 struct Peak {
@@ -91,15 +121,27 @@ inline void fix_row(const float *x, int64_t inputs, int16_t *fixed, float *unit)
   }
 }
 
-// An operand of `rows` rows for `matrix`, in `scratch`; its values are yet to be written.
+// Whether rows that may become bfloat16 do so, to meet `matrix`.
+inline bool takes_halves(const jamba_matrix &matrix, bool half) {
+#if defined(__AVX512BF16__)
+  return half && matrix.kind == JAMBA_BF16;
+#else
+  (void)matrix, (void)half;
+  return false;
+#endif
+}
+
+// An operand of `rows` rows for `matrix`, in `scratch`; its values are yet to be written. `half`
+// lets rows become bfloat16.
 inline Operand operand_in(const TileKernels &kernels, const jamba_matrix &matrix, int64_t rows,
-                          float *scratch) {
+                          bool half, float *scratch) {
   const bool few = takes_few(kernels, matrix);
   const int64_t padded = padded_inputs(matrix.I), whole = few ? divide_up(rows, FEW) * FEW : rows;
   float *unit = scratch + whole * padded, *group_sums = unit + cache_line_floats(rows);
   const int64_t groups = matrix.kind == JAMBA_INT4 ? matrix.I / matrix.group : 0;
   int16_t *integers = (int16_t *)(group_sums + whole / FEW * groups * TILE);
   return {scratch,
+          takes_halves(matrix, half) ? (uint16_t *)scratch : nullptr,
           (int16_t *)scratch,
           unit,
           group_sums,
@@ -111,8 +153,9 @@ inline Operand operand_in(const TileKernels &kernels, const jamba_matrix &matrix
 
 // Arranges rows of `x`, `stride` floats apart, for products with `matrix`, in `scratch`.
 inline Operand prepare_operand(const TileKernels &kernels, const jamba_matrix &matrix,
-                               const float *x, int64_t stride, int64_t rows, float *scratch) {
-  const Operand operand = operand_in(kernels, matrix, rows, scratch);
+                               const float *x, int64_t stride, int64_t rows, bool half,
+                               float *scratch) {
+  const Operand operand = operand_in(kernels, matrix, rows, half, scratch);
   if (operand.few != nullptr) {
     kernels.cut_few(matrix, x, stride, rows, operand.tiles);
     return operand;
@@ -128,6 +171,13 @@ inline Operand prepare_operand(const TileKernels &kernels, const jamba_matrix &m
         memset(wide + inputs, 0, (size_t)(padded - inputs) * sizeof *in);
         break;
       case JAMBA_BF16:
+        if (operand.halves != nullptr) {
+          for (int64_t i = 0; i < padded; i += LANES) {
+            const int64_t left = inputs - i < 0 ? 0 : inputs - i;
+            store_bfloat16(operand.halves + m * padded + i, load_as<false>(in, i, left));
+          }
+          break;
+        }
         for (int64_t i = 0; i < padded; i += 2 * LANES) {
           for (int64_t l = 0; l < LANES; l++) {
             const int64_t even = i + 2 * l;
@@ -150,11 +200,7 @@ inline Operand prepare_operand(const TileKernels &kernels, const jamba_matrix &m
           for (int64_t i = 0; i < matrix.group; i++) sum += ordered[g * matrix.group + i];
           operand.group_sums[m * operand.groups + g] = (float)sum;
         }
-        for (int64_t b = 0; b < padded / 2; b++) {
-          const int64_t at = b / (2 * LANES) * 4 * LANES + b % (2 * LANES);
-          fixed[at] = ordered[nibble_input(b)];
-          fixed[at + 2 * LANES] = ordered[nibble_input(b) + 16];
-        }
+        arrange_nibbles(ordered, padded, fixed);
         break;
       }
     }

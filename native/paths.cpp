@@ -20,10 +20,9 @@ static const Path amx = with_tiles(
 static const Path avx512_vnni =
     with_tiles("avx512_vnni", path_avx512_vnni, path_avx512_vnni.runs_here,
                {nullptr, nullptr, nullptr, nullptr, groups_by_avx512_vnni, nullptr, nullptr});
-static const Path avx512_bf16 =
-    with_tiles("avx512_bf16", path_avx512_vnni,
-               [] { return path_avx512_vnni.runs_here() && __builtin_cpu_supports("avx512bf16"); },
-               {nullptr, nullptr, pairs_by_avx512_bf16, nullptr, groups_by_avx512_vnni, nullptr, nullptr});
+static const Path avx512_bf16 = with_tiles(
+    "avx512_bf16", path_avx512_bf16, path_avx512_bf16.runs_here,
+    {nullptr, nullptr, pairs_by_avx512_bf16, nullptr, groups_by_avx512_vnni, nullptr, nullptr});
 #endif
 
 // Fastest first.

@@ -117,7 +117,7 @@ struct Path {
   TileKernels tiles;
 };
 
-extern const Path path_avx512_vnni, path_avx512, path_avx2, path_portable;
+extern const Path path_avx512_bf16, path_avx512_vnni, path_avx512, path_avx2, path_portable;
 
 // The path a call asks for, the best one for 0, or null when it cannot run here.
 const Path *find_path(int64_t request);

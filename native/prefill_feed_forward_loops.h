@@ -15,7 +15,7 @@ inline void choose_experts(const Prefill &prefill, const jamba_layer &layer, int
   float *const normed = prefill.shared.normed + tile * TILE * D;
   float *const probability = prefill.local, *const operand = probability + TILE * X;
   const Operand x =
-      prepare_operand(prefill.products.kernels, layer.router, normed, D, rows, operand);
+      prepare_operand(prefill.products.kernels, layer.router, normed, D, rows, false, operand);
   multiply(layer.router, 0, X, x, FIRST_ROWS, rows, probability, X);
   for (int64_t i = 0; i < rows; i++) {
     const int64_t at = (tile * TILE + i) * K;

@@ -57,8 +57,8 @@ inline void give_logits(Prefill &prefill) {
   };
   if (count <= TILE) {
     norm_rows(0, count);
-    const Operand x =
-        prepare_operand(prefill.products.kernels, model.head, normed, D, count, normed + TILE * D);
+    const Operand x = prepare_operand(prefill.products.kernels, model.head, normed, D, count,
+                                      model.bfloat16, normed + TILE * D);
     prefill.team.share(divide_up(V, PIECE), [&](int64_t piece) {
       const Range range = piece_of(V, piece);
       multiply(model.head, range.first, range.last, x, FIRST_ROWS, count, call.logits + range.first,

@@ -10,7 +10,6 @@
 #define JAMBA_PRODUCT_TILES_H
 
 #include "operand_loops.h"
-#include "unpack_loops.h"
 
 namespace jamba::JAMBA_PATH {
 
@@ -131,6 +130,37 @@ inline void bfloat16_tile(const jamba_matrix &matrix, int64_t output, const char
   }
 }
 
+#if defined(__AVX512BF16__)
+// The same with rows in bfloat16: two products an instruction, and nothing to take apart.
+template <int OUTPUTS, int ROWS>
+inline void halves_tile(const jamba_matrix &matrix, int64_t output, const char *after,
+                        const Operand &operand, const int64_t *rows, Vec *sums) {
+  const uint16_t *const weights = (const uint16_t *)matrix.values + output * matrix.I;
+  Vec sum[OUTPUTS][ROWS] = {};
+  const uint16_t *x[ROWS];
+  for (int m = 0; m < ROWS; m++) x[m] = operand.halves + rows[m] * operand.padded;
+  constexpr int64_t STEP = 2 * LANES;
+  const int64_t whole = matrix.I / STEP * STEP;
+  const auto step = [&](int64_t i, int64_t left) JAMBA_ALWAYS {
+    fetch_in_order<OUTPUTS>(after, i * 2, sizeof(Vec));
+    WordVec in[ROWS];
+#pragma GCC unroll 4
+    for (int m = 0; m < ROWS; m++) in[m] = load_bytes<WordVec>(x[m] + i, sizeof(WordVec));
+#pragma GCC unroll 4
+    for (int o = 0; o < OUTPUTS; o++) {
+      const WordVec w = load_bytes<WordVec>(weights + o * matrix.I + i, left * 2);
+#pragma GCC unroll 4
+      for (int m = 0; m < ROWS; m++) sum[o][m] = add_half_pairs(sum[o][m], w, in[m]);
+    }
+  };
+  for (int64_t i = 0; i < whole; i += STEP) step(i, STEP);
+  if (whole < matrix.I) step(whole, matrix.I - whole);
+  for (int o = 0; o < OUTPUTS; o++) {
+    for (int m = 0; m < ROWS; m++) sums[m * LANES + o] = sum[o][m];
+  }
+}
+#endif
+
 // A lane adds two products of at most 127 * 32639 a step: 2^31 is out of reach of this many.
 constexpr int64_t EXACT_STEPS = 256;
 
@@ -166,81 +196,6 @@ inline void int8_tile(const jamba_matrix &matrix, int64_t output, const char *af
     }
     for (int o = 0; o < OUTPUTS; o++) {
       for (int m = 0; m < ROWS; m++) wide[o][m] = wide[o][m] + as_floats(exact[o][m]);
-    }
-  }
-  for (int o = 0; o < OUTPUTS; o++) {
-    for (int m = 0; m < ROWS; m++) sums[m * LANES + o] = wide[o][m];
-  }
-}
-
-// The scales of the groups of a step, lane by lane: a step of 2 LANES bytes holds two blocks of 32
-// inputs with AVX-512, one or a part of one elsewhere.
-template <int64_t GROUP>
-JAMBA_INLINE Vec scales_of_lanes(const float *scales) {
-#if defined(__AVX512F__)
-  if constexpr (GROUP == 32) return _mm512_mask_blend_ps(0xff00, set(scales[0]), set(scales[1]));
-#endif
-  return set(scales[0]);
-}
-
-// Groups whose scales are made wide at a time: whole registers.
-constexpr int64_t WIDE_GROUPS = 64;
-
-template <int OUTPUTS, int ROWS, int64_t GROUP>
-inline void int4_tile(const jamba_matrix &matrix, int64_t output, const char *after,
-                      const Operand &operand, const int64_t *rows, Vec *sums) {
-  const int64_t bytes = matrix.I / 2, groups = operand.groups;
-  const uint8_t *const weights = (const uint8_t *)matrix.values + output * bytes;
-  Vec wide[OUTPUTS][ROWS] = {};
-  const int16_t *x[ROWS];
-  for (int m = 0; m < ROWS; m++) x[m] = operand.fixed + rows[m] * operand.padded;
-  constexpr int64_t STEP = 2 * LANES;  // bytes
-  for (int64_t first = 0; first < groups; first += WIDE_GROUPS) {
-    const int64_t count = groups - first < WIDE_GROUPS ? groups - first : WIDE_GROUPS;
-    // A last step of half as many bytes asks for one group more than there are, and meets zeros.
-    float scales[OUTPUTS][WIDE_GROUPS];
-    for (int o = 0; o < OUTPUTS; o++) {
-      const int64_t at = (output + o) * groups + first;
-      // Not beside the products below: their sums need the registers.
-      for (int64_t g = 0; g < count; g += LANES) {
-        store(scales[o] + g, load_as<true>(matrix.scale, at + g, count - g));
-        const Vec minimum = load_as<true>(matrix.minimum, at + g, count - g);
-        for (int m = 0; m < ROWS; m++) {
-          const float *group_sums = operand.group_sums + rows[m] * groups + first;
-          wide[o][m] = fma(minimum, load_as<false>(group_sums, g, count - g), wide[o][m]);
-        }
-      }
-    }
-    const auto step = [&](int64_t b, int64_t group, auto load_weights) JAMBA_ALWAYS {
-      fetch_in_order<OUTPUTS>(after, b, STEP);
-      ShortVec x_low[ROWS], x_high[ROWS];
-#pragma GCC unroll 4
-      for (int m = 0; m < ROWS; m++) {
-        x_low[m] = shared<OUTPUTS>(load_shorts(x[m] + 2 * b));
-        x_high[m] = shared<OUTPUTS>(load_shorts(x[m] + 2 * b + STEP));
-      }
-#pragma GCC unroll 4
-      for (int o = 0; o < OUTPUTS; o++) {
-        const uint8_t *from = weights + o * bytes + b;
-        const UnsignedShortVec both = widen(load_weights(from));
-        const ShortVec low = (ShortVec)(both & 15), high = (ShortVec)(both >> 4);
-        const Vec factor = scales_of_lanes<GROUP>(scales[o] + group);
-#pragma GCC unroll 4
-        for (int m = 0; m < ROWS; m++) {
-          const IntVec exact = add_pairs(multiply_pairs(low, x_low[m]), high, x_high[m]);
-          wide[o][m] = fma(as_floats(exact), factor, wide[o][m]);
-        }
-      }
-    };
-    const int64_t begin = first * GROUP / 2, end = (first + count) * GROUP / 2;
-    int64_t b = begin;
-    for (; b + STEP <= end; b += STEP) {
-      step(b, nibble_input(b - begin) / GROUP,
-           [](const uint8_t *w) { return load_bytes<UnsignedByteVec>(w, STEP); });
-    }
-    if (b < end) {
-      step(b, nibble_input(b - begin) / GROUP,
-           [&](const uint8_t *w) { return load_bytes<UnsignedByteVec>(w, end - b); });
     }
   }
   for (int o = 0; o < OUTPUTS; o++) {

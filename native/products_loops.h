@@ -3,7 +3,7 @@
 #ifndef JAMBA_PRODUCTS_LOOPS_H
 #define JAMBA_PRODUCTS_LOOPS_H
 
-#include "product_tiles.h"
+#include "nibble_tiles.h"
 #include "step.h"
 
 namespace jamba::JAMBA_PATH {
@@ -16,6 +16,11 @@ inline void tile_into(const FewProduct &p, int64_t output, const char *after,
   switch (matrix.kind) {
     case JAMBA_F32: return float_tile<OUTPUTS, ROWS>(matrix, output, after, operand, rows, sums);
     case JAMBA_BF16:
+#if defined(__AVX512BF16__)
+      if (operand.halves != nullptr) {
+        return halves_tile<OUTPUTS, ROWS>(matrix, output, after, operand, rows, sums);
+      }
+#endif
       return bfloat16_tile<OUTPUTS, ROWS>(matrix, output, after, operand, rows, sums);
     case JAMBA_INT8: return int8_tile<OUTPUTS, ROWS>(matrix, output, after, operand, rows, sums);
     case JAMBA_INT4:
@@ -79,9 +84,10 @@ inline void finish_outputs(const FewProduct &p, int64_t output, int64_t count,
 // bits, 1.10 to 1.12 with 8, 0.95 to 0.97 with 4; on one thread 8,192 inputs of 16 bits 0.55. With
 // narrow vectors products of 16 bits, each of which waits for the one before, are slower than
 // memory.
-inline bool takes_outputs_alone(const jamba_matrix &matrix) {
+inline bool takes_outputs_alone(const jamba_matrix &matrix, const Operand &operand) {
   if (matrix.kind == JAMBA_INT4 || (matrix.kind == JAMBA_BF16 && LANES < 16)) return false;
-  return matrix.I * (matrix.kind == JAMBA_INT8 ? 2 : 4) <= 10240;
+  const bool two_bytes = matrix.kind == JAMBA_INT8 || operand.halves != nullptr;
+  return matrix.I * (two_bytes ? 2 : 4) <= 10240;
 }
 
 // y[m][o - first] = W[o] . x[rows[m]] + bias[o] for outputs [first, last) and `count` rows; `next`
@@ -96,7 +102,7 @@ inline void multiply(const jamba_matrix &matrix, int64_t first, int64_t last,
   for (int64_t output = first; output < last; output += LANES) {
     const int64_t outputs = last - output < LANES ? last - output : LANES;
     int64_t o = 0;
-    if (count > 1 || !takes_outputs_alone(matrix)) {
+    if (count > 1 || !takes_outputs_alone(matrix, operand)) {
       for (; o + 4 <= outputs; o += 4) outputs_into<4>(product, output + o, operand, sums + o);
     }
     for (; o < outputs; o++) outputs_into<1>(product, output + o, operand, sums + o);
@@ -122,7 +128,7 @@ inline void product_begin(const jamba_product_call &call, const TileKernels &ker
                       load_any(call.x_MI, call.bfloat16 & JAMBA_U, at, left));
     }
   }
-  prepare_operand(kernels, call.matrix, x, inputs, call.M, scratch);
+  prepare_operand(kernels, call.matrix, x, inputs, call.M, call.bfloat16 & JAMBA_U, scratch);
 }
 
 // Outputs [first, last), at most PIECE, after product_begin with the same scratch.
@@ -131,7 +137,8 @@ inline void product(const jamba_product_call &call, const TileKernels &kernels, 
   const int64_t inputs = call.matrix.I, count = last - first;
   float *y = scratch + cache_line_floats(operand_floats(call.M, inputs)) +
              cache_line_floats(call.M * inputs);
-  const Operand operand = operand_in(kernels, call.matrix, call.M, scratch);
+  const Operand operand =
+      operand_in(kernels, call.matrix, call.M, call.bfloat16 & JAMBA_U, scratch);
   multiply(call.matrix, first, last, operand, FIRST_ROWS, call.M, y, count);
   for (int64_t m = 0; m < call.M; m++) {
     for (int64_t o = 0; o < count; o += LANES) {

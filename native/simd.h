@@ -1,7 +1,7 @@
 // One of two files that know instruction sets (simd_integers.h is the other): a vector of LANES
-// floats and the few operations the kernels need. It is compiled once per path, each time with other
-// flags, and JAMBA_PATH names the namespace, so that no inline function of one path
-// can be linked into another.
+// floats and the few operations the kernels need. It is compiled once per path, each time with
+// other flags, and JAMBA_PATH names the namespace, so that no inline function of one path can be
+// linked into another.
 #ifndef JAMBA_SIMD_H
 #define JAMBA_SIMD_H
 
@@ -178,6 +178,13 @@ JAMBA_INLINE HalfVec high_halves(WordVec bits) {
   return __builtin_convertvector(bits >> 16, HalfVec);
 #endif
 }
+
+#if defined(__AVX512BF16__)
+// Adds the products of neighbouring bfloat16 numbers to sums.
+JAMBA_INLINE Vec add_half_pairs(Vec sum, WordVec a, WordVec b) {
+  return _mm512_dpbf16_ps(sum, (__m512bh)a, (__m512bh)b);
+}
+#endif
 
 JAMBA_INLINE HalfVec to_bfloat16(Vec v) { return high_halves(bfloat16_bits(v)); }
 

@@ -159,7 +159,7 @@ inline void attention_layer(Step &step, const jamba_layer &layer, const jamba_me
   const bool few = takes_few(step.kernels, layer.in_proj) &&
                    takes_few(step.kernels, layer.x_proj) && takes_few(step.kernels, layer.dt_proj);
   const Operand x = prepare_operand(few ? step.kernels : NO_TILES, layer.in_proj, step.normed,
-                                    model.D, M, step.operand);
+                                    model.D, M, model.bfloat16, step.operand);
   const int64_t query_pieces = divide_up(queries, PIECE), key_pieces = divide_up(width, PIECE);
   const auto matrix_of = [&](int64_t piece) -> const jamba_matrix & {
     if (piece < query_pieces) return layer.in_proj;

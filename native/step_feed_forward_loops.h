@@ -62,8 +62,8 @@ inline Pairs route(const Step &step, const jamba_layer &layer) {
     for (int64_t m = 0; m < M; m++) result.rows[m] = m, result.weights[m] = 1;
     return result;
   }
-  const Operand x =
-      prepare_operand(step.kernels, layer.router, step.normed, step.model.D, M, step.operand);
+  const Operand x = prepare_operand(step.kernels, layer.router, step.normed, step.model.D, M, false,
+                                    step.operand);
   float *probability = step.local;
   multiply(layer.router, 0, X, x, FIRST_ROWS, M, probability, X);
   for (int64_t m = 0; m < M; m++) mark_chosen(probability + m * X, X, K);
@@ -94,8 +94,8 @@ inline void feed_forward(Step &step, const jamba_layer &layer) {
   const int64_t num_pairs = pairs.starts[pairs.active];
   const auto matrices_of = [&](int64_t a) { return layer.feed_forward + 3 * pairs.experts[a]; };
 
-  const Operand x =
-      prepare_operand(step.kernels, matrices_of(0)[0], step.normed, D, M, step.operand);
+  const Operand x = prepare_operand(step.kernels, matrices_of(0)[0], step.normed, D, M,
+                                    model.bfloat16, step.operand);
   const int64_t hidden_pieces = divide_up(F, PIECE);
   const auto rows_in = [&](int64_t task, int64_t next) {
     const int64_t a = task / hidden_pieces, start = pairs.starts[a];
@@ -124,7 +124,7 @@ inline void feed_forward(Step &step, const jamba_layer &layer) {
                        [&] { fetch_start(step, matrices_of(0)[2], divide_up(D, PIECE)); });
 
   const Operand hidden = prepare_operand(step.kernels, matrices_of(0)[2], step.shared.hidden, F,
-                                         num_pairs, step.operand);
+                                         num_pairs, model.bfloat16, step.operand);
   const auto rows_out = [&](int64_t piece, int64_t next) {
     const Range range = piece_of(D, piece);
     for (int64_t a = 0; a < pairs.active; a++) {

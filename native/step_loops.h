@@ -80,8 +80,8 @@ inline void step(const jamba_step_call &call, const StepBuffers &shared, const T
     norm_row(shared.x + call.logit_rows[i] * model.D, model.final_norm_D, model.D,
              (float)model.epsilon, mine.normed + i * model.D);
   }
-  const Operand x =
-      prepare_operand(kernels, model.head, mine.normed, model.D, call.num_logits, operand);
+  const Operand x = prepare_operand(kernels, model.head, mine.normed, model.D, call.num_logits,
+                                    model.bfloat16, operand);
   const auto score = [&](int64_t piece, int64_t next) {
     const Range range = piece_of(model.V, piece);
     multiply(model.head, range.first, range.last, x, FIRST_ROWS, call.num_logits,

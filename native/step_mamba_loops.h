@@ -83,8 +83,8 @@ inline void mamba_layer(Step &step, const jamba_layer &layer, const jamba_memory
   const StepBuffers &shared = step.shared;
 
   norm_stream(step, layer.mixer_norm_D);
-  const Operand x =
-      prepare_operand(step.kernels, layer.in_proj, step.normed, model.D, M, step.operand);
+  const Operand x = prepare_operand(step.kernels, layer.in_proj, step.normed, model.D, M,
+                                    model.bfloat16, step.operand);
   const int64_t channel_pieces = divide_up(C, PIECE), width = R + 2 * N;
   // Small pieces: there are few outputs, and each is long.
   const int64_t selection_pieces = divide_up(width, TILE);
@@ -100,7 +100,8 @@ inline void mamba_layer(Step &step, const jamba_layer &layer, const jamba_memory
   step.team.share_runs(channel_pieces, project,
                        [&] { fetch_start(step, layer.x_proj, selection_pieces, TILE); });
 
-  const Operand u = prepare_operand(step.kernels, layer.x_proj, shared.u, C, M, step.operand);
+  const Operand u =
+      prepare_operand(step.kernels, layer.x_proj, shared.u, C, M, model.bfloat16, step.operand);
   const auto select = [&](int64_t piece, int64_t next) {
     const int64_t first = piece * TILE, last = first + TILE < width ? first + TILE : width;
     multiply(layer.x_proj, first, last, u, FIRST_ROWS, M, shared.selection + first, width,
@@ -117,7 +118,8 @@ inline void mamba_layer(Step &step, const jamba_layer &layer, const jamba_memory
     norm_row(row + R, layer.B_norm_N, N, epsilon, B_MN + m * N);
     norm_row(row + R + N, layer.C_norm_N, N, epsilon, C_MN + m * N);
   }
-  const Operand dt = prepare_operand(step.kernels, layer.dt_proj, dt_MR, R, M, step.operand);
+  const Operand dt =
+      prepare_operand(step.kernels, layer.dt_proj, dt_MR, R, M, model.bfloat16, step.operand);
   const auto scan = [&](int64_t piece, int64_t next) {
     const Range range = piece_of(C, piece);
     multiply(layer.dt_proj, range.first, range.last, dt, FIRST_ROWS, M, step.local, PIECE,

@@ -92,7 +92,8 @@ inline void norm_stream(const Step &step, const float *weight) {
 template <typename Wait>
 inline void add_product(Step &step, const jamba_matrix &matrix, const float *y, const Wait &wait) {
   const int64_t M = step.call.M, D = step.model.D;
-  const Operand operand = prepare_operand(step.kernels, matrix, y, matrix.I, M, step.operand);
+  const Operand operand =
+      prepare_operand(step.kernels, matrix, y, matrix.I, M, step.model.bfloat16, step.operand);
   const auto work = [&](int64_t piece, int64_t next) {
     const Range range = piece_of(D, piece);
     multiply(matrix, range.first, range.last, operand, FIRST_ROWS, M, step.local, PIECE,

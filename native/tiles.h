@@ -30,7 +30,7 @@ static inline bool are_bytes(Words words) { return inputs_in(words) == 4; }
 
 // What a tile of GROUPS is for each of its rows, beside its bytes, which have a sign.
 struct RowGroup {
-  float unit[TILE];        // what 1 stands for
+  float unit[TILE];       // what 1 stands for
   int32_t sums[2][TILE];  // of the bytes of the first 32 inputs, and of the others
 };
 
@@ -59,7 +59,8 @@ struct TileProduct {
   uint32_t *sums;  // [row tile][output tile][TILE_WORDS]
   bool adds;       // to what is there, else to zero
   Ahead ahead;
-  // Of GROUPS: [row tile][..], `group_stride` apart, [depth] each; and [output tile][depth] of INT4.
+  // Of GROUPS: [row tile][..], `group_stride` apart, [depth] each; and [output tile][depth] of
+  // INT4.
   const RowGroup *row_groups = nullptr;
   int64_t group_stride = 0;
   const WeightGroup *weight_groups = nullptr;

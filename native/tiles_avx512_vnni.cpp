@@ -14,8 +14,9 @@ typedef int32_t Sum __attribute__((vector_size(64)));
 
 inline __m512i load(const void *p) { return _mm512_loadu_si512(p); }
 
-// GROUPS of INT4 in a tile; none says INT8. The instruction takes one side unsigned: weights of INT8
-// have been moved up by 128, and what that adds, 128 times the sum of a row, is where sums begin.
+// GROUPS of INT4 in a tile; none says INT8. The instruction takes one side unsigned: weights of
+// INT8 have been moved up by 128, and what that adds, 128 times the sum of a row, is where sums
+// begin.
 template <int GROUPS, int ROWS>
 inline void block(const TileProduct &p, int64_t output, int64_t row) {
   constexpr int HALVES = GROUPS == 2 ? 2 : 1;
@@ -36,12 +37,12 @@ inline void block(const TileProduct &p, int64_t output, int64_t row) {
 #pragma GCC unroll 3
       for (int r = 0; r < ROWS; r++) {
         const __m512i start =
-            GROUPS > 0 ? _mm512_setzero_si512()
-                       : _mm512_slli_epi32(
-                             _mm512_sub_epi32(_mm512_sub_epi32(_mm512_setzero_si512(),
-                                                               load(groups[r][d].sums[0])),
-                                              load(groups[r][d].sums[1])),
-                             7);
+            GROUPS > 0
+                ? _mm512_setzero_si512()
+                : _mm512_slli_epi32(_mm512_sub_epi32(_mm512_sub_epi32(_mm512_setzero_si512(),
+                                                                      load(groups[r][d].sums[0])),
+                                                     load(groups[r][d].sums[1])),
+                                    7);
 #pragma GCC unroll 8
         for (int o = 0; o < OUTPUTS; o++) exact[o][r] = (Sum)start;
       }
@@ -67,8 +68,9 @@ inline void block(const TileProduct &p, int64_t output, int64_t row) {
         const __m512 unit = _mm512_loadu_ps(group.unit);
         __m512 total = _mm512_setzero_ps();
         if constexpr (GROUPS > 0) {
-          const __m512i all = GROUPS == 2 ? load(group.sums[half])
-                                          : _mm512_add_epi32(load(group.sums[0]), load(group.sums[1]));
+          const __m512i all = GROUPS == 2
+                                  ? load(group.sums[half])
+                                  : _mm512_add_epi32(load(group.sums[0]), load(group.sums[1]));
           total = _mm512_mul_ps(_mm512_cvtepi32_ps(all), unit);
         }
 #pragma GCC unroll 8

@@ -143,7 +143,8 @@ inline void tile_nibble_groups(const jamba_matrix &matrix, int64_t row, int64_t 
 }
 
 // Weights of outputs [first, last) and tiles [d, d + depth) along the inputs, as [output tile]
-// [depth][TILE_WORDS]; zero beyond the matrix. Of INT4 as GROUPS, `groups` are [output tile][depth].
+// [depth][TILE_WORDS]; zero beyond the matrix. Of INT4 as GROUPS, `groups` are [output
+// tile][depth].
 inline void tile_weights(const jamba_matrix &matrix, Words words, int64_t first, int64_t last,
                          int64_t d, int64_t depth, uint32_t *out, WeightGroup *groups) {
   const int64_t per_tile = TILE * inputs_in(words), begin = d * per_tile;
@@ -158,7 +159,8 @@ inline void tile_weights(const jamba_matrix &matrix, Words words, int64_t first,
       continue;
     }
     if (row < last && are_words(matrix, words)) {
-      const float *from = (const float *)matrix.values + (row * matrix.I + begin) / inputs_in(words);
+      const float *from =
+          (const float *)matrix.values + (row * matrix.I + begin) / inputs_in(words);
       const bool aligned = row * matrix.I % inputs_in(words) == 0;
       for (; aligned && t < whole; t++, from += TILE, line += TILE_WORDS) {
         for (int l = 0; l < TILE; l += LANES) store((float *)line + l, load(from + l));
