@@ -18,6 +18,7 @@ from jamba_lm.language_model import LanguageModel, from_config
 from jamba_lm.model.batch import Batch
 from jamba_lm.model.moe import MoE
 from jamba_lm.model.state import KeyValueState, SequenceState
+from jamba_lm.prefill import prefill
 from jamba_lm.quantization.grid import quantize_int4
 from jamba_lm.quantization.policy import find_scheme
 from jamba_lm.quantization.rewrite import place_packed, quantize_decoder
@@ -257,6 +258,37 @@ def test_of_equal_experts_the_first_are_chosen(path: str):
                     expert.down_proj.weight.fill_(torch.nan)
     logits = run(plan_of(model), [[1, 2, 3]], [model.new_state()], range(3), path=path)
     assert logits.isfinite().all()
+
+
+@pytest.mark.parametrize("rows", [3, STEP_ROWS + 4])
+@pytest.mark.parametrize("path", PATHS)
+def test_the_rows_of_a_router_are_not_rounded(path: str, rows: int):
+    config = SMALL.replace(
+        num_layers=1, attention_period=5, attention_offset=4, expert_period=1, expert_offset=0
+    )
+    model, exact = (shaken_model(config, dtype="bf16") for _ in "ab")
+    exact.decoder.float()
+    token = 5
+    for one in (model, exact):
+        with torch.no_grad():
+            one.decoder.blocks[0].mixer.out_proj.weight.zero_()
+    with torch.no_grad():
+        # The row that the router meets, and scores that see little of it but what rounding adds.
+        norm = exact.decoder.blocks[0].feed_forward_norm
+        row = norm(exact.decoder.embedding.weight[token : token + 1], Batch.of([1], None))[0]
+        added = row.bfloat16().float() - row
+        seen = added - (added @ row) / (row @ row) * row
+        router = torch.zeros_like(model.decoder.blocks[0].feed_forward.router.weight)
+        router[0] = 4 * seen / (seen @ seen)
+        router[2:] = -20 * row / (row @ row)
+        for one in (model, exact):
+            one.decoder.blocks[0].feed_forward.router.weight.copy_(router)
+    call = (plan_of(model), [[token] * rows], [model.new_state()], range(rows))
+    if rows <= STEP_ROWS:
+        found = run(*call, path=path)
+    else:
+        found = torch.from_numpy(prefill(*call, path=path))
+    assert_within(found, by_modules(exact, [[token] * rows], None), 0.01)
 
 
 @pytest.mark.parametrize(

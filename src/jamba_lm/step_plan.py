@@ -44,8 +44,9 @@ class StepPlan(NativePlan):
     """One decoder, ready for steps of at most `STEP_ROWS` tokens, and for prompts.
 
     Results are those of the decoder to rounding: activations stay float32 from the embedding to
-    the logits, where modules round them to the model's dtype, and what a row gives does not depend
-    on the other rows of the call.
+    the logits, where modules round them to the model's dtype (a processor that multiplies bfloat16
+    has them rounded where they meet such weights, but for the router's), and what a row gives does
+    not depend on the other rows of the call.
 
     The weights are not copied, except vectors (norms, biases, convolution taps, decays), which are
     kept in float32. `is_current` says whether the decoder has been changed since.

@@ -13,14 +13,16 @@ import signal
 import subprocess
 import sys
 from dataclasses import fields, replace
+from itertools import product
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
-from jamba_lm.kernels import native_products
 from jamba_lm.kernels.library import loaded_library
+from jamba_lm.kernels.native_products import float_linear
+from jamba_lm.kernels.native_structs import RowRounding
 from jamba_lm.kernels.packed_weights import PackedWeight
 from tests.kernels.matrices import KINDS, fits
 
@@ -63,11 +65,11 @@ def multiply_all(path: str) -> None:
                 continue
             weight = make(torch.randn(OUTPUTS, inputs))
             for rows in ROWS:
-                for dtype in (torch.float32, torch.bfloat16):
+                for dtype, rows8 in product((torch.float32, torch.bfloat16), RowRounding):
                     x = torch.randn(rows, inputs).to(dtype)
-                    y = native_products.float_linear(x, guarded(weight), path=path)
-                    expected = native_products.float_linear(x, weight, path=path)
-                    assert torch.equal(y, expected), (kind, inputs, rows, dtype)
+                    y = float_linear(x, guarded(weight), rows8=rows8, path=path)
+                    expected = float_linear(x, weight, rows8=rows8, path=path)
+                    assert torch.equal(y, expected), (kind, inputs, rows, dtype, rows8)
     print("read nothing else")
 
 
