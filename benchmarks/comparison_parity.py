@@ -42,10 +42,16 @@ def check_parity(run: Run, shape: str, weights: str, folder: Path) -> dict[str, 
         records: dict[str, dict[str, Any]] = {}
         if "jamba" in judged and weights in packed_parity.WEIGHT_BOUNDS:
             ours = found["jamba"]
-            arithmetic, problem = with_same_weights(run, weights, folder, ours, ids, place)
-            judged["jamba"] = packed_parity.judged(judged["jamba"], arithmetic, problem)
-            records["jamba"] = {"error_with_same_weights": arithmetic.error}
-            run.say(f"  jamba: error {arithmetic.error:.2g} against the same rounded weights")
+            as_used, kept, problem = with_same_weights(run, weights, folder, ours, ids, place)
+            judged["jamba"] = packed_parity.judged(judged["jamba"], as_used, problem)
+            records["jamba"] = {
+                "error_with_same_weights": as_used.error,
+                "error_with_rows_kept": kept,
+            }
+            run.say(
+                f"  jamba: error {as_used.error:.2g} against the same rounded weights, "
+                f"{kept:.2g} with rows kept as they are"
+            )
     for name, parity in judged.items():
         verdict = parity.problem or "the same to rounding"
         run.say(f"  {name}: error {parity.error:.2g}, top-1 {parity.top1:.3f}: {verdict}")
@@ -77,23 +83,28 @@ def held_against(
 
 def with_same_weights(
     run: Run, weights: str, folder: Path, answer: Answer, ids: list[int], place: Path
-) -> tuple[parity_gate.Parity, str | None]:
+) -> tuple[parity_gate.Parity, float, str | None]:
     """Compare a packed model with transformers that holds what the packed weights stand for.
 
     Returns:
-        How far its logits are off, and what is wrong with the weights, if anything.
+        How far its logits are off as it is used; their error with rows kept as they are; and what
+        is wrong with that or with the weights, if anything.
     """
     packed, wide = packed_folder(folder, weights), truth_type(folder.name)
-    problem = packed_parity.weight_problem(
-        weights, open_model(folder, "bf16"), open_model(packed, weights)
-    )
+    ours = open_model(packed, weights)
+    problem = packed_parity.weight_problem(weights, open_model(folder, "bf16"), ours)
+    kept = packed_parity.logits_with_rows_kept(ours, ids)
+    del ours
     _, logits, greedy = answer
-    kind = packed_parity.unpacked_kind(weights)
     with (
         packed_parity.unpacked(packed) as plain,
         worker("transformers", plain, wide, run.threads) as truth,
     ):
-        return held_against(truth, {"jamba": (kind, logits, greedy)}, ids, place)["jamba"], problem
+        as_used = {"jamba": (packed_parity.AS_USED, logits, greedy)}
+        found = held_against(truth, as_used, ids, place)["jamba"]
+        kind, expected = packed_parity.unpacked_kind(weights), truth.logits(ids, place)
+        arithmetic = parity_gate.compare(kind, kept, expected, [], [], expected[:0])
+    return found, arithmetic.error, problem or arithmetic.problem
 
 
 def answers(

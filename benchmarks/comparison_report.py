@@ -129,8 +129,10 @@ def parity_lines(blocks: Sequence[Mapping[str, Any]]) -> list[str]:
             label = f"{name} {block['type']}" if name == "jamba" else name
             note = "" if one["problem"] is None else f"; not measured: {one['problem']}"
             if "error_with_same_weights" in one:
-                same = one["error_with_same_weights"]
-                note = f" ({same:.1e} with the same rounded weights){note}"
+                held = [f"{one['error_with_same_weights']:.1e} with the same rounded weights"]
+                if "error_with_rows_kept" in one:  # not in records of before
+                    held.append(f"{one['error_with_rows_kept']:.1e} with rows kept")
+                note = f" ({', '.join(held)}){note}"
             lines.append(
                 f"| {label} | {one['error']:.1e}{note} | {one['divergence']:.1e} "
                 f"| {one['top1']:.3f} | {one['same_greedy']} of {one['greedy']} |"

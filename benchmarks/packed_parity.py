@@ -8,7 +8,7 @@ to noise, in every engine.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +17,9 @@ from tempfile import TemporaryDirectory
 import torch
 
 from benchmarks.parity_gate import Parity
+from jamba_lm.kernels.native_structs import RowRounding
 from jamba_lm.language_model import LanguageModel, load
+from jamba_lm.quantization.linear import PackedLinear
 from jamba_lm.quantization.rewrite import PlainWeights
 
 # The largest root mean square error of a matrix, as a share of its root mean square. A row of
@@ -26,9 +28,24 @@ from jamba_lm.quantization.rewrite import PlainWeights
 WEIGHT_BOUNDS = {"int8": 0.012, "int4": 0.12}
 
 
+# What `parity_gate.BOUNDS` calls a packed model as it is used, held against its own weights.
+AS_USED = "rows in 8 bits, the same weights"
+
+
 def unpacked_kind(weights: str) -> str:
     """Return what `parity_gate.BOUNDS` calls a packed type held against its own weights."""
     return f"{weights}, the same weights"
+
+
+def logits_with_rows_kept(packed: LanguageModel, ids: Sequence[int]) -> torch.Tensor:
+    """Return the logits of a prompt whose rows are rounded nowhere but to the model's type, [T, V].
+
+    Without that rounding, arithmetic that is wrong shows sooner.
+    """
+    for module in packed.decoder.modules():
+        if isinstance(module, PackedLinear):
+            module.rows8 = RowRounding.NONE
+    return packed.logits([ids])[0]
 
 
 def largest_weight_error(original: LanguageModel, packed: LanguageModel) -> tuple[str, float]:

@@ -26,12 +26,15 @@ from benchmarks.packed_parity import (
     WEIGHT_BOUNDS,
     judged,
     largest_weight_error,
+    logits_with_rows_kept,
     unpacked,
     unpacked_kind,
     weight_problem,
 )
 from benchmarks.parity_gate import BOUNDS, compare, divergence, first_wrong, relative_error
+from jamba_lm.kernels.native_structs import RowRounding
 from jamba_lm.language_model import load
+from jamba_lm.quantization.linear import PackedLinear
 from jamba_lm.quantization.policy import find_scheme
 from jamba_lm.quantization.rewrite import quantize_decoder
 from tests.arms import shaken_model
@@ -71,6 +74,18 @@ def test_what_unpacked_weights_are_read_by_others_gives_the_same_logits(tmp_path
     assert not plain.exists()
     error = relative_error(found, load(tmp_path / "packed").logits([[3, 4, 5]])[0])
     assert error < BOUNDS[unpacked_kind("int8")]
+
+
+@pytest.mark.parametrize("scheme", ["int8", "int4"])
+def test_rows_that_may_be_rounded_are_kept_to_look_at_the_arithmetic_alone(scheme: str):
+    models = [shaken_model(WIDE, dtype="bf16") for _ in "ab"]
+    for rounding, model in zip((RowRounding.BY_ROW, RowRounding.NONE), models, strict=True):
+        quantize_decoder(model.decoder, find_scheme(scheme))
+        for module in model.decoder.modules():
+            if isinstance(module, PackedLinear):
+                module.rows8 = rounding
+    ids = list(range(3, 43))
+    assert torch.equal(logits_with_rows_kept(models[0], ids), models[1].logits([ids])[0])
 
 
 def test_a_packed_model_is_judged_by_its_arithmetic_and_its_weights_not_by_what_rounding_costs():

@@ -169,7 +169,7 @@ SCHEMES: Mapping[str, Mapping[MatrixClass, Type]] = MappingProxyType(
 # Matrices by the last word of their name, experts included. What meets out_proj and down_proj are
 # products of two activations, whose largest value is far above the rest: with one scale for a row
 # they do most of the damage of all together on a dense 3B. With one for 64 inputs down_proj does no
-# more than others do, and out_proj in 8 bits still more than all others; in 4 bits weights do fifty
+# more than others do, and out_proj in 8 bits still more than all others; in 4 bits weights do forty
 # times as much as rows. x_proj is too small to gain by it. The recipe of "experts-int8" keeps
 # activations in bfloat16.
 _NORMALISED = ("gate_proj", "up_proj", "in_proj", "q_proj", "k_proj", "v_proj")
