@@ -100,7 +100,7 @@ def with_same_weights(
         packed_parity.unpacked(packed) as plain,
         worker("transformers", plain, wide, run.threads) as truth,
     ):
-        as_used = {"jamba": (packed_parity.AS_USED, logits, greedy)}
+        as_used = {"jamba": (packed_parity.used_kind(weights), logits, greedy)}
         found = held_against(truth, as_used, ids, place)["jamba"]
         kind, expected = packed_parity.unpacked_kind(weights), truth.logits(ids, place)
         arithmetic = parity_gate.compare(kind, kept, expected, [], [], expected[:0])

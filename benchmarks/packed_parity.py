@@ -28,13 +28,14 @@ from jamba_lm.quantization.rewrite import PlainWeights
 WEIGHT_BOUNDS = {"int8": 0.012, "int4": 0.12}
 
 
-# What `parity_gate.BOUNDS` calls a packed model as it is used, held against its own weights.
-AS_USED = "rows in 8 bits, the same weights"
-
-
 def unpacked_kind(weights: str) -> str:
     """Return what `parity_gate.BOUNDS` calls a packed type held against its own weights."""
     return f"{weights}, the same weights"
+
+
+def used_kind(weights: str) -> str:
+    """Return what the bounds call the same as it is used, rows in 8 bits where that is faster."""
+    return f"{weights}, as used"
 
 
 def logits_with_rows_kept(packed: LanguageModel, ids: Sequence[int]) -> torch.Tensor:

@@ -109,15 +109,15 @@ def rounded_rows(x: Tensor, group: int) -> tuple[Tensor, Tensor]:
     return torch.trunc(scaled + torch.where(scaled < 0, -0.5, 0.5)), largest / 127.0
 
 
-@pytest.mark.parametrize("shape", [(17, 5, 64), (40, 33, 128), (530, 300, 1120)], ids=str)
+@pytest.mark.parametrize("shape", [(17, 5, 64), (40, 33, 100), (530, 300, 1100)], ids=str)
 @pytest.mark.parametrize(
     ("path", "kind"),
     [(path, "int8") for path in BY_ROW] + [(path, kind) for path in BY_GROUP for kind in PACKED],
 )
 def test_rows_in_eight_bits_are_multiplied_exactly(path, kind, shape):
     rows, outputs, inputs = shape
-    if kind == "int4 by 64":
-        inputs += inputs % GROUP
+    if kind != "int8":
+        inputs += -inputs % (GROUP if kind == "int4 by 64" else GROUP // 2)
     weight = KINDS[kind](torch.randn(outputs, inputs))
     x = (torch.randn(rows, inputs) * torch.logspace(-3, 3, rows)[:, None]).to(torch.bfloat16)
     x[:, :20] *= 50
@@ -134,10 +134,11 @@ def test_rows_in_eight_bits_are_multiplied_exactly(path, kind, shape):
     expected = near @ matrix.t() + bias
     error = (found.double() - expected).abs()
     # That of the result's type, and that of float32 sums of groups, whose least and largest values
-    # are added apart.
+    # are added apart. With one scale for a row all is exact.
     least = weight.minimum_OJ.double().repeat_interleave(weight.group, 1) if "int4" in kind else 0
     parts = near.abs() @ ((matrix - least).abs() + abs(least)).t() + bias.abs()
-    assert (error <= MANY_ROWS["torch.bfloat16"] * expected.abs() + 1e-6 * parts).all()
+    inexact = 1e-6 if path in BY_ROW else 1e-6 * parts
+    assert (error <= MANY_ROWS["torch.bfloat16"] * expected.abs() + inexact).all()
     # Rows in 16 bits would be found out.
     kept = float_linear(x, weight, bias, path=path)
     assert not torch.equal(found, kept)
@@ -175,7 +176,7 @@ def test_a_row_in_eight_bits_that_is_not_finite_is_not_hidden(path, kind):
     x = torch.randn(20, 128).to(torch.bfloat16)
     x[2, 5], x[7, 100] = float("inf"), float("nan")
     found = float_linear(x, weight, rows8=RowRounding.BY_ROW, path=path)
-    assert not found[[2, 7]].isfinite().any()
+    assert found[[2, 7]].isnan().all()
     found[[2, 7]] = 0
     assert found.isfinite().all()
 
