@@ -28,7 +28,7 @@ from benchmarks.engine_client import EngineFailure, environment
 from benchmarks.record import ROOT
 
 RELEASE = "0.3.36"
-PROGRAMS = ("llama-bench", "llama-batched-bench", "llama-quantize")
+PROGRAMS = ("llama-bench", "llama-batched-bench", "llama-quantize", "llama-imatrix")
 LOGITS_SOURCE = Path(__file__).with_name("llama_logits.cpp")
 CMAKE_OPTIONS = (
     "-DCMAKE_BUILD_TYPE=Release",

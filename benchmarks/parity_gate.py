@@ -23,12 +23,9 @@ BOUNDS: Mapping[str, float] = {
     # What packed weights stand for, in bfloat16; `packed_parity` says what of the weights.
     "int8, the same weights": 0.10,
     "int4, the same weights": 0.10,
-    # The same as it is used, with rows rounded to 8 bits where a processor multiplies such numbers;
-    # int8 spares those of out_proj, which are hurt most. Of 64 normal values the largest is two and
-    # a half deviations, and half of a 127th of it is at most four times what bfloat16 rounds off:
-    # four times transformers' own 5 per cent.
+    # The same as it is used, with rows rounded to 8 bits where a processor multiplies such numbers.
     "int8, as used": 0.10,
-    "int4, as used": 0.20,
+    "int4, as used": 0.10,
     # llama.cpp rounds activations to the type of the weights, or to 8 bits.
     "F32": 2e-3,
     "F16": 2e-2,

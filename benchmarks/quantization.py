@@ -1,7 +1,8 @@
 """What 8 and 4 bits cost a model: bytes, bits per byte and divergence, by scheme and by matrix.
 
     python -m benchmarks.quantization
-    python -m benchmarks.quantization --model DIR --text FILE.jsonl --write docs/quantization.md
+    python -m benchmarks.quantization --model DIR --text FILE.jsonl --calibrate OTHER.jsonl
+        --write docs/quantization.md
 
 Divergence is the mean over all tokens of KL(unquantised || quantised) of the next-token
 distribution, in nats. The unquantised model computes in float32, so that the row "bf16" shows what
@@ -24,9 +25,12 @@ import torch
 from torch import Tensor
 
 import jamba_lm
-from jamba_lm.data import read_documents
+from jamba_lm.cli.quantize import TOKENS
+from jamba_lm.data import read_documents, sample_sequences
 from jamba_lm.kernels.native_structs import RowRounding
 from jamba_lm.kernels.packed_weights import Int4Weight
+from jamba_lm.language_model import LanguageModel
+from jamba_lm.quantization.calibration import calibrate_decoder
 from jamba_lm.quantization.linear import PackedLinear
 from jamba_lm.quantization.policy import (
     Packing,
@@ -146,15 +150,30 @@ class HeldOut:
         return found
 
 
-def by_scheme(held_out: HeldOut, folder: Path) -> list[Damage]:
-    """Measure the unquantised model and every scheme, computing in bfloat16."""
+def by_scheme(held_out: HeldOut, folder: Path, other_text: Path | None) -> list[Damage]:
+    """Measure the unquantised model and every scheme, computing in bfloat16.
+
+    Those with 4 bits once more as `jamba quantize --calibrate` rounds them for `other_text`.
+    """
     found = []
     for label in ("bf16", *(scheme.label for scheme in all_schemes())):
         scheme = None if label == "bf16" else label
         model = jamba_lm.load(folder, dtype="bf16", quantize=scheme)
         values = sum(p.numel() for p in held_out.model.decoder.parameters())
         found.append(held_out.damage(label, model, values, model.weight_bytes))
+        if scheme is not None and other_text is not None and find_scheme(scheme).group is not None:
+            model = calibrated(folder, find_scheme(scheme), other_text)
+            name = f"{label}, calibrated"
+            found.append(held_out.damage(name, model, values, model.weight_bytes))
     return found
+
+
+def calibrated(folder: Path, scheme: Scheme, text: Path) -> LanguageModel:
+    """Return the model packed as `jamba quantize --calibrate` does it, in bfloat16."""
+    model = jamba_lm.load(folder, dtype="bf16")
+    sequences = sample_sequences(text, jamba_lm.load_tokenizer(folder), TOKENS)
+    calibrate_decoder(model.decoder, scheme, sequences)
+    return LanguageModel(model.config, model.decoder)
 
 
 def by_matrix(held_out: HeldOut) -> list[Damage]:
@@ -293,6 +312,7 @@ def main() -> None:
     parser.add_argument("--model", type=Path, help="checkpoint folder; the embedded one by default")
     parser.add_argument("--text", type=Path, default=SAMPLE, help="held-out documents, JSON Lines")
     parser.add_argument("--tokens", type=int, default=25_000, help="most tokens to score")
+    parser.add_argument("--calibrate", type=Path, help="another text, to round 4 bits for")
     parser.add_argument("--schemes-only", action="store_true", help="leave the other tables out")
     parser.add_argument("--write", type=Path, help="put the tables into this document")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
@@ -300,7 +320,7 @@ def main() -> None:
     folder = options.model or jamba_lm.embedded_model_path()
     held_out = HeldOut(folder, options.text, options.tokens)
     base = held_out.damage("fp32", held_out.model, 0)
-    found = {"schemes": by_scheme(held_out, folder)}
+    found = {"schemes": by_scheme(held_out, folder, options.calibrate)}
     if not options.schemes_only:
         found |= {
             "matrices": by_matrix(held_out),

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +24,9 @@ from jamba_lm.errors import DataError
 
 IGNORED = -100
 """The target of a row that predicts nothing; what torch's losses call `ignore_index`."""
+
+# Of a text that a model is to be rounded for.
+PIECE_TOKENS = 512
 
 MAXIMUM_LINE_BYTES = 256 * 2**20
 
@@ -66,6 +70,47 @@ def read_documents(path: Path) -> Iterator[str]:
         raise DataError(f"{str(path)!r} is not UTF-8 at byte {cause.start}") from cause
     except OSError as cause:
         raise DataError(f"cannot read {str(path)!r}: {cause.strerror or cause}") from cause
+
+
+def sample_sequences(
+    path: Path, tokenizer: Encoder, tokens: int, *, length: int = PIECE_TOKENS
+) -> list[list[int]]:
+    """Return pieces from all over a file, the same ones every time.
+
+    Every document is cut into pieces, of which some are drawn, so that neither one source that
+    comes first nor one long document is all that there is.
+
+    Args:
+        path: as `read_documents` takes it.
+        tokenizer: gives ids.
+        tokens: at most so many in all; fewer when the file holds fewer.
+        length: most tokens of a piece.
+
+    Raises:
+        DataError: as `read_documents`, or there is no text in the file.
+    """
+    # Long enough for most tokenizers, and enough of them for documents of a few words.
+    characters, most = 8 * length, max(1, tokens // 32)
+    draw, drawn, number = random.Random(0), list[str](), 0
+    for text in read_documents(path):
+        for first in range(0, len(text), characters):
+            piece = text[first : first + characters]
+            number += 1
+            # Every piece is as likely to be among those drawn as any other (reservoir sampling).
+            if len(drawn) < most:
+                drawn.append(piece)
+            elif (place := draw.randrange(number)) < most:
+                drawn[place] = piece
+    if not drawn:
+        raise DataError(f"{str(path)!r} holds no text")
+    draw.shuffle(drawn)
+    sequences, left = list[list[int]](), tokens
+    for piece in drawn:
+        if left <= 0:
+            break
+        sequences.append(tokenizer.encode(piece, add_bos=True)[: min(length, left)])
+        left -= len(sequences[-1])
+    return sequences
 
 
 def _text_of(line: bytes, where: str) -> str:

@@ -9,7 +9,7 @@ from tests.tolerances import QUANTIZED_BITS_PER_BYTE
 
 def test_the_promised_bits_per_byte_are_kept_at_fewer_bytes():
     folder = jamba_lm.embedded_model_path()
-    plain, *packed = by_scheme(HeldOut(folder, SAMPLE, 4000), folder)
+    plain, *packed = by_scheme(HeldOut(folder, SAMPLE, 4000), folder, None)
     assert {one.name for one in packed} == set(QUANTIZED_BITS_PER_BYTE)
     for one in packed:
         allowed = 1 + QUANTIZED_BITS_PER_BYTE[one.name]

@@ -24,8 +24,9 @@ OPTIONS = {
     "jamba init": 7,
     # --type and --dtype are one choice, but a folder and a file have other words for it.
     "jamba convert": 5,
-    # --group is what a scheme leaves open; the rest are those of every command that writes.
-    "jamba quantize": 7,
+    # --group is what a scheme leaves open; --calibrate is a text, and how much of it is how long it
+    # takes; the rest are those of every command that writes.
+    "jamba quantize": 9,
     # --quantize, here and below: trying a scheme must not need a second copy on the disk.
     # --draft, here and below, pays on some texts only; --chat and --system say what a prompt is.
     # --adapter, too: what an adapter does must be seen before it is merged.

@@ -114,3 +114,45 @@ def test_a_gguf_file_is_sent_to_convert(tmp_path, capsys):
     file.write_bytes(b"GGUF")
     message = refused(capsys, "quantize", file, "--scheme", "int8", "--out", tmp_path / "out")
     assert "`jamba convert`" in message
+
+
+def test_a_folder_is_rounded_for_a_text(tmp_path, capsys):
+    text = tmp_path / "text.txt"
+    text.write_text("Four score and seven years ago our fathers brought forth. " * 40, "utf-8")
+    packed = {}
+    for name, extra in {"for it": ["--calibrate", str(text)], "plain": []}.items():
+        out = tmp_path / name
+        command = ["quantize", "demo", "--scheme", "int4", "--out", str(out), "--json", *extra]
+        if extra:
+            command += ["--calibration-tokens", "300"]
+        assert main(command) == 0
+        told = json.loads(capsys.readouterr().out)
+        assert told["calibration_tokens"] == (300 if extra else 0)
+        packed[name] = (told["bytes"], (out / WEIGHTS).read_bytes())
+        assert {one.name for one in out.iterdir()} >= {"tokenizer.json", "config.json"}
+        assert main(["generate", str(out), "--prompt", "My fellow", "--max-tokens", "3"]) == 0
+        assert capsys.readouterr().out.strip()
+    assert packed["for it"][0] == packed["plain"][0]
+    assert packed["for it"][1] != packed["plain"][1]
+
+
+def test_a_text_that_cannot_be_used_is_refused(tmp_path, capsys):
+    text, out = tmp_path / "text.txt", tmp_path / "out"
+    text.write_text("Some words.", "utf-8")
+    command = ["quantize", "demo", "--out", out]
+    int4 = [*command, "--scheme", "int4"]
+    assert "int8 has no matrix in 4 bits" in refused(
+        capsys, *command, "--scheme", "int8", "--calibrate", text
+    )
+    assert "name it with --calibrate" in refused(capsys, *int4, "--calibration-tokens", "5")
+    assert "no text at" in refused(capsys, *int4, "--calibrate", tmp_path / "none.txt")
+    text.write_text("", "utf-8")
+    assert "holds no text" in refused(capsys, *int4, "--calibrate", text)
+    text.write_bytes(b"\xff\xfe")
+    assert "is not UTF-8" in refused(capsys, *int4, "--calibrate", text)
+    assert not out.exists()
+    text.write_text("Some words.", "utf-8")
+    out.mkdir()
+    (out / "mine.txt").write_text("mine", "utf-8")
+    refused(capsys, *int4, "--calibrate", text)
+    assert [one.name for one in out.iterdir()] == ["mine.txt"]

@@ -6,7 +6,7 @@ What a folder says of itself makes other programs refuse it: its model type is t
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -19,6 +19,7 @@ from jamba_lm.checkpoint.huggingface import (
     as_dtype,
     check_room,
     generation_config,
+    read_decoder,
 )
 from jamba_lm.checkpoint.packed_reader import StreamedWeights, refuse_packed
 from jamba_lm.checkpoint.rename import Shape, public_name, public_shape
@@ -30,6 +31,7 @@ from jamba_lm.errors import InputError
 from jamba_lm.files import write_atomic, write_json
 from jamba_lm.model.decoder import Decoder
 from jamba_lm.model.parameters import KEPT_WIDE
+from jamba_lm.quantization.calibration import calibrate_decoder
 from jamba_lm.quantization.policy import Packing, Scheme
 from jamba_lm.quantization.rewrite import quantize_weight, stored_tensors
 from jamba_lm.tensor_file import TensorSpec, write_tensors_as_made
@@ -87,10 +89,7 @@ def quantize_folder(
         CapacityError: the disk has too little free space.
     """
     source, target = Path(source), Path(target)
-    check_target(target, overwrite=overwrite)
-    if target.resolve() == source.resolve():
-        raise InputError(f"{str(target)!r} is the checkpoint to quantise: choose another folder")
-    refuse_packed(source, "so it cannot be quantised")
+    _check_folders(source, target, overwrite=overwrite)
     config = JambaConfig.load(source)
     weights = StreamedWeights(source, config, None if dtype == "auto" else as_dtype(dtype))
     shapes = {own: tuple(p.shape) for own, p in weights.blank.named_parameters()}
@@ -98,11 +97,6 @@ def quantize_folder(
     def parts(own: str) -> Parts:
         value, packing = weights[own], scheme.packing(own, shapes[own])
         return {"": value} if packing is None else quantize_weight(own, value, packing).tensors()
-
-    def copy(folder: Path) -> None:
-        for name in COMPANIONS:
-            if (source / name).is_file():
-                _copy_file(source / name, folder / name)
 
     return _write(
         target,
@@ -114,7 +108,48 @@ def quantize_folder(
         shard_bytes=shard_bytes,
         overwrite=overwrite,
         progress=progress,
-        finish=copy,
+        companions_of=source,
+    )
+
+
+def calibrate_folder(
+    source: str | Path,
+    target: str | Path,
+    scheme: Scheme,
+    sequences: Sequence[Sequence[int]],
+    *,
+    dtype: str | torch.dtype = "auto",
+    shard_bytes: int = SHARD_BYTES,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> int:
+    """Write a quantised copy of a checkpoint folder, rounded for a text (`calibration.py`).
+
+    Args:
+        source: as in `quantize_folder`.
+        target: likewise.
+        scheme: likewise; some of it in 4 bits.
+        sequences: token ids of the text.
+        dtype: as in `quantize_folder`.
+        shard_bytes: likewise.
+        overwrite: likewise.
+        progress: called with the values packed and the values in all.
+
+    Returns and raises what `quantize_folder` does, and raises what `calibrate_decoder` does.
+    """
+    source, target = Path(source), Path(target)
+    # It takes long: what can be said against the target is said first.
+    _check_folders(source, target, overwrite=overwrite)
+    config, decoder = read_decoder(source, dtype)
+    calibrate_decoder(decoder, scheme, sequences, progress)
+    return write_packed_decoder(
+        target,
+        config,
+        decoder,
+        scheme,
+        shard_bytes=shard_bytes,
+        overwrite=overwrite,
+        companions_of=source,
     )
 
 
@@ -126,9 +161,11 @@ def write_packed_decoder(
     *,
     shard_bytes: int = SHARD_BYTES,
     overwrite: bool = False,
+    companions_of: Path | None = None,
 ) -> int:
     """Write a decoder whose matrices are packed by `scheme`, as they are.
 
+    What belongs to the model beside its weights comes from the folder `companions_of`, if any.
     Returns and raises what `quantize_folder` does, as far as it can happen.
     """
     check_target(folder, overwrite=overwrite)
@@ -153,7 +190,15 @@ def write_packed_decoder(
         parts,
         shard_bytes=shard_bytes,
         overwrite=overwrite,
+        companions_of=companions_of,
     )
+
+
+def _check_folders(source: Path, target: Path, *, overwrite: bool) -> None:
+    check_target(target, overwrite=overwrite)
+    if target.resolve() == source.resolve():
+        raise InputError(f"{str(target)!r} is the checkpoint to quantise: choose another folder")
+    refuse_packed(source, "so it cannot be quantised")
 
 
 def _write(
@@ -167,7 +212,7 @@ def _write(
     shard_bytes: int,
     overwrite: bool,
     progress: Progress | None = None,
-    finish: Callable[[Path], None] | None = None,
+    companions_of: Path | None,
 ) -> int:
     if shard_bytes < 1:
         raise InputError(f"shard_bytes is {shard_bytes}: expected a positive number of bytes")
@@ -210,8 +255,8 @@ def _write(
         }
         write_json(partial / "config.json", content)
         write_json(partial / "generation_config.json", generation_config(config))
-        if finish is not None:
-            finish(partial)
+        if companions_of is not None:
+            _copy_companions(companions_of, partial)
     return total
 
 
@@ -228,6 +273,12 @@ def _specs(own: str, shape: Shape, packing: Packing | None, dtype: torch.dtype) 
 
 def _num_bytes(spec: TensorSpec) -> int:
     return torch.Size(spec[2]).numel() * spec[1].itemsize
+
+
+def _copy_companions(source: Path, target: Path) -> None:
+    for name in COMPANIONS:
+        if (source / name).is_file():
+            _copy_file(source / name, target / name)
 
 
 def _copy_file(source: Path, target: Path) -> None:

@@ -13,6 +13,9 @@ from jamba_lm.cli.options import JsonOption, ModelArgument, ThreadsOption, model
 from jamba_lm.errors import InputError
 from jamba_lm.gguf_file import is_gguf
 
+# Of the embedded model four times as many lower the divergence by another 3 %.
+TOKENS = 16_384
+
 
 def quantize(
     model: ModelArgument,
@@ -31,6 +34,23 @@ def quantize(
             show_default=False,
         ),
     ] = None,
+    calibrate: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Round to 4 bits what this text (plain, or .jsonl with a `text` a line) loses "
+            "least by: better at the same bytes, and much slower.",
+            show_default=False,
+        ),
+    ] = None,
+    calibration_tokens: Annotated[
+        int | None,
+        typer.Option(
+            help="How much of the text is taken, from all over it; 16,384 when left out.",
+            min=1,
+            show_default=False,
+        ),
+    ] = None,
     dtype: Annotated[
         str,
         typer.Option(help="Type of what is not packed: auto keeps the file's; fp32, bf16, fp16."),
@@ -45,13 +65,17 @@ def quantize(
 
     experts-int8: experts and MLP in 8 bits. int8: all large matrices in 8 bits. int4: large
     matrices in 4 bits; embedding, head and x_proj in 8. The rest, and activations, keep their
-    type. Tokenizer and chat template come along. DIR appears when it is complete, or not at all.
+    type. With --calibrate what rounding to 4 bits does to the products of a text is made up for by
+    the weights not yet rounded (GPTQ). Tokenizer and chat template come along. DIR appears when it
+    is complete, or not at all.
     """
     from jamba_lm.analysis.packing import packed_parts
-    from jamba_lm.checkpoint.packed_writer import quantize_folder
+    from jamba_lm.checkpoint.packed_writer import calibrate_folder, quantize_folder
     from jamba_lm.cli.output import Output
     from jamba_lm.config import JambaConfig, read_config_json
+    from jamba_lm.data import sample_sequences
     from jamba_lm.quantization.policy import find_scheme
+    from jamba_lm.text.tokenizer import load_tokenizer
 
     chosen = find_scheme(scheme, group)
     source = model_folder(model)
@@ -60,18 +84,36 @@ def quantize(
             f"{model} is a GGUF file: make a folder of it with `jamba convert` first, or load it "
             "with --quantize"
         )
+    if calibrate is None and calibration_tokens is not None:
+        raise InputError("--calibration-tokens says how much of a text: name it with --calibrate")
     use_threads(threads)
     output = Output(json_wanted)
     started = time.monotonic()
-    with output.progress(f"writing {out}", 0, "bytes") as line:
-        num_bytes = quantize_folder(
-            source,
-            out,
-            chosen,
-            dtype=dtype,
-            overwrite=overwrite,
-            progress=lambda done, total: line.update(done, total=total),
+    sequences: list[list[int]] = []
+    if calibrate is None:
+        with output.progress(f"writing {out}", 0, "bytes") as line:
+            num_bytes = quantize_folder(
+                source,
+                out,
+                chosen,
+                dtype=dtype,
+                overwrite=overwrite,
+                progress=lambda done, total: line.update(done, total=total),
+            )
+    else:
+        sequences = sample_sequences(
+            calibrate, load_tokenizer(source), calibration_tokens or TOKENS
         )
+        with output.progress("rounding", 0, "values") as line:
+            num_bytes = calibrate_folder(
+                source,
+                out,
+                chosen,
+                sequences,
+                dtype=dtype,
+                overwrite=overwrite,
+                progress=lambda done, total: line.update(done, total=total),
+            )
     seconds = time.monotonic() - started
     config = JambaConfig.load(out)
     width = 4 if read_config_json(out)["dtype"] == "float32" else 2
@@ -94,6 +136,7 @@ def quantize(
             "parts": [asdict(part) for part in parts],
             "bytes": num_bytes,
             "bits_per_value": bits,
+            "calibration_tokens": sum(map(len, sequences)),
             "seconds": seconds,
         }
     )

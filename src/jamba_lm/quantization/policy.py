@@ -169,9 +169,8 @@ SCHEMES: Mapping[str, Mapping[MatrixClass, Type]] = MappingProxyType(
 # Matrices by the last word of their name, experts included. What meets out_proj and down_proj are
 # products of two activations, whose largest value is far above the rest: with one scale for a row
 # they do most of the damage of all together on a dense 3B. With one for 64 inputs down_proj does no
-# more than others do, and out_proj in 8 bits still more than all others; in 4 bits weights do forty
-# times as much as rows. x_proj is too small to gain by it. The recipe of "experts-int8" keeps
-# activations in bfloat16.
+# more than others do, and out_proj still more than all others. x_proj is too small to gain by it.
+# The recipe of "experts-int8" keeps activations in bfloat16.
 _NORMALISED = ("gate_proj", "up_proj", "in_proj", "q_proj", "k_proj", "v_proj")
 ROUNDED_ROWS: Mapping[str, Mapping[str, RowRounding]] = MappingProxyType(
     {
@@ -180,9 +179,7 @@ ROUNDED_ROWS: Mapping[str, Mapping[str, RowRounding]] = MappingProxyType(
             **dict.fromkeys((*_NORMALISED, "o_proj"), RowRounding.BY_ROW),
             "down_proj": RowRounding.BY_GROUP,
         },
-        "int4": dict.fromkeys(
-            (*_NORMALISED, "o_proj", "down_proj", "out_proj"), RowRounding.BY_GROUP
-        ),
+        "int4": dict.fromkeys((*_NORMALISED, "o_proj", "down_proj"), RowRounding.BY_GROUP),
     }
 )
 DESCRIPTIONS: Mapping[str, str] = MappingProxyType(

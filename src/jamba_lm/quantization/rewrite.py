@@ -34,17 +34,8 @@ def quantize_decoder(decoder: Decoder, scheme: Scheme, progress: Progress | None
         InputError: the decoder is quantised already.
         CheckpointError: a matrix holds NaN or infinity.
     """
-    if any(isinstance(module, PACKED) for module in decoder.modules()):
-        raise InputError(
-            "the model is quantised already: start from the original one, since rounding twice "
-            "loses more"
-        )
-    # Names only: a list of the parameters would keep all of them alive.
-    packings = {
-        name: packing
-        for name, parameter in decoder.named_parameters()
-        if (packing := scheme.packing(name, parameter.shape)) is not None
-    }
+    refuse_quantized(decoder)
+    packings = planned_packings(decoder, scheme)
     sizes = {name: decoder.get_parameter(name).numel() for name in packings}
     done, total = 0, sum(sizes.values())
     for name, packing in packings.items():
@@ -55,6 +46,29 @@ def quantize_decoder(decoder: Decoder, scheme: Scheme, progress: Progress | None
         done += sizes[name]
         if progress is not None:
             progress(done, total)
+
+
+def refuse_quantized(decoder: Decoder) -> None:
+    """Refuse to pack a decoder a second time.
+
+    Raises:
+        InputError: one of its modules is packed.
+    """
+    if any(isinstance(module, PACKED) for module in decoder.modules()):
+        raise InputError(
+            "the model is quantised already: start from the original one, since rounding twice "
+            "loses more"
+        )
+
+
+def planned_packings(decoder: Decoder, scheme: Scheme) -> dict[str, Packing]:
+    """Return which parameters of a plain decoder `scheme` packs, and how."""
+    # Names only: a list of the parameters would keep all of them alive.
+    return {
+        name: packing
+        for name, parameter in decoder.named_parameters()
+        if (packing := scheme.packing(name, parameter.shape)) is not None
+    }
 
 
 def dequantize_decoder(
@@ -108,15 +122,24 @@ def quantize_weight(name: str, weight: Tensor, packing: Packing) -> PackedWeight
     Raises:
         CheckpointError: it holds NaN or infinity.
     """
+    require_finite(name, weight)
+    if packing.group is None:
+        return Int8Weight.quantize(weight)
+    return quantize_int4(weight, packing.group)
+
+
+def require_finite(name: str, weight: Tensor) -> None:
+    """Refuse a matrix that cannot be rounded to integers.
+
+    Raises:
+        CheckpointError: it holds NaN or infinity.
+    """
     low, high = torch.aminmax(weight)
     if not (torch.isfinite(low) and torch.isfinite(high)):
         raise CheckpointError(
             f"{name} holds NaN or infinity, which cannot be rounded to integers: "
             "was the model saved after its training had diverged?"
         )
-    if packing.group is None:
-        return Int8Weight.quantize(weight)
-    return quantize_int4(weight, packing.group)
 
 
 def place_packed(
