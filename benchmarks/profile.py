@@ -65,9 +65,14 @@ STEPS = 8
 
 
 class Parts:
-    """Seconds and calls of each part; a part's own time is without what it called."""
+    """Seconds and calls of each part; a part's own time is without what it called.
 
-    def __init__(self) -> None:
+    Args:
+        clock: seconds that have passed, since whenever.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
+        self._clock = clock
         self.seconds: dict[str, float] = defaultdict(float)
         self.calls: dict[str, int] = defaultdict(int)
         self._open: list[tuple[str, float]] = []
@@ -75,13 +80,13 @@ class Parts:
 
     def enter(self, part: str) -> None:
         """Begin a part."""
-        self._open.append((part, time.perf_counter()))
+        self._open.append((part, self._clock()))
         self._inside.append(0.0)
 
     def leave(self) -> None:
         """End the part that began last."""
         part, started = self._open.pop()
-        taken = time.perf_counter() - started
+        taken = self._clock() - started
         self.seconds[part] += taken - self._inside.pop()
         if self._open:
             self._inside[-1] += taken
