@@ -24,11 +24,11 @@ from benchmarks.quiet import Verdict
 from benchmarks.ratios import paired
 from benchmarks.record import ROOT, hardware, require_green, write_json
 from benchmarks.timing import Patience, Stopwatch
-from jamba_lm.data import read_documents
 from jamba_lm.drafting.lookup import DraftCounts
 from jamba_lm.generation import generate
 from jamba_lm.language_model import LanguageModel
 from jamba_lm.sampling import Sampling
+from jamba_lm.text.documents import read_documents
 from jamba_lm.text.tokenizer import Tokenizer
 
 SAMPLE = ROOT / "tests" / "data" / "held_out.jsonl"

@@ -20,8 +20,8 @@ import torch
 
 import jamba_lm
 from benchmarks.byte_trigram import ByteTrigram
-from jamba_lm.data import read_documents
 from jamba_lm.evaluation.scoring import score_blocks
+from jamba_lm.text.documents import read_documents
 
 DATA = Path(__file__).resolve().parents[1] / "tests" / "data"
 SAMPLE = DATA / "held_out.jsonl"

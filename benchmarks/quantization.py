@@ -25,8 +25,6 @@ import torch
 from torch import Tensor
 
 import jamba_lm
-from jamba_lm.cli.quantize import TOKENS
-from jamba_lm.data import read_documents, sample_sequences
 from jamba_lm.kernels.native_structs import RowRounding
 from jamba_lm.kernels.packed_weights import Int4Weight
 from jamba_lm.language_model import LanguageModel
@@ -40,6 +38,7 @@ from jamba_lm.quantization.policy import (
     matrix_class,
 )
 from jamba_lm.quantization.rewrite import quantize_weight
+from jamba_lm.text.documents import read_documents, sample_sequences
 
 SAMPLE = Path(__file__).resolve().parents[1] / "tests" / "data" / "held_out.jsonl"
 # Of every document, the first part: as many documents as the tokens allow.
@@ -171,7 +170,7 @@ def by_scheme(held_out: HeldOut, folder: Path, other_text: Path | None) -> list[
 def calibrated(folder: Path, scheme: Scheme, text: Path) -> LanguageModel:
     """Return the model packed as `jamba quantize --calibrate` does it, in bfloat16."""
     model = jamba_lm.load(folder, dtype="bf16")
-    sequences = sample_sequences(text, jamba_lm.load_tokenizer(folder), TOKENS)
+    sequences = sample_sequences(text, jamba_lm.load_tokenizer(folder))
     calibrate_decoder(model.decoder, scheme, sequences)
     return LanguageModel(model.config, model.decoder)
 

@@ -26,8 +26,7 @@ from torch import Tensor
 import jamba_lm
 from benchmarks import llama_cpp
 from benchmarks.quantization import SAMPLE, Damage, HeldOut, by_scheme, rewrite, scheme_table
-from jamba_lm.cli.quantize import TOKENS
-from jamba_lm.data import PIECE_TOKENS, sample_sequences
+from jamba_lm.text.documents import PIECE_TOKENS, sample_sequences
 
 TYPES = ("BF16", "Q8_0", "Q4_K_M", "Q4_0")
 CALIBRATED_TYPE = "Q4_K_M"
@@ -80,7 +79,7 @@ def calibrated_file(
 ) -> Path:
     """Return a file that llama-quantize makes with an importance matrix, beside `wide`."""
     tokenizer = jamba_lm.load_tokenizer(folder)
-    pieces = [tokenizer.decode(ids) for ids in sample_sequences(text, tokenizer, TOKENS)]
+    pieces = [tokenizer.decode(ids) for ids in sample_sequences(text, tokenizer)]
     sample, matrix = wide.with_name("sample.txt"), wide.with_name("sample.imatrix")
     sample.write_text("\n\n".join(pieces), encoding="utf-8")
     arguments = ["-m", wide, "-f", sample, "-o", matrix, "-c", PIECE_TOKENS, "-t", threads]

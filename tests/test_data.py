@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,7 +15,6 @@ from jamba_lm.data import (
     PackedStream,
     Position,
     TokenizedDocuments,
-    read_documents,
     validation_batches,
 )
 from jamba_lm.errors import DataError
@@ -161,12 +159,6 @@ def test_documents_are_kept_apart_and_counted_in_bytes(tmp_path):
     assert len(documents) == 2
 
 
-def test_a_plain_text_is_one_document(tmp_path):
-    path = tmp_path / "one.txt"
-    path.write_text('{"text": 1}\n')
-    assert list(read_documents(path)) == ['{"text": 1}\n']
-
-
 @pytest.mark.parametrize("change", ["ids", "starts", "bos"])
 def test_the_fingerprint_tells_other_data(change):
     before = documents_of([3, 4])
@@ -182,41 +174,7 @@ def test_the_fingerprint_tells_other_data(change):
     assert documents_of([3, 4]).fingerprint() == before.fingerprint()
 
 
-@pytest.mark.parametrize(
-    ("line", "says"),
-    [
-        (b"{", "line 2"),
-        (b"[1]", "no text"),
-        (b'{"txt": "a"}', "no text"),
-        (b'{"text": ""}', "no text"),
-        (b'{"text": "\\ud800"}', "surrogate"),
-        (b'{"text": "\xff"}', "line 2"),
-        (b"[" * 100_000, "line 2"),
-    ],
-)
-def test_an_unusable_line_is_named(tmp_path, line, says):
-    path = tmp_path / "broken.jsonl"
-    path.write_bytes(b'{"text": "good"}\n' + line + b"\n")
-    with pytest.raises(DataError, match=says) as caught:
-        list(read_documents(path))
-    assert "\n" not in str(caught.value)
-
-
-@given(st.binary(max_size=200))
-def test_any_bytes_are_documents_or_one_error(tmp_path_factory, content):
-    path: Path = tmp_path_factory.mktemp("fuzz") / "any.jsonl"
-    path.write_bytes(content)
-    try:
-        texts = list(read_documents(path))
-    except DataError as error:
-        assert "\n" not in str(error)
-    else:
-        assert all(texts)
-
-
-def test_missing_and_empty_files_are_refused(tmp_path):
-    with pytest.raises(DataError, match="no text at"):
-        list(read_documents(tmp_path / "none.jsonl"))
+def test_an_empty_file_is_refused(tmp_path):
     (tmp_path / "empty.jsonl").touch()
     with pytest.raises(DataError, match="no training document"):
         TokenizedDocuments.read([tmp_path / "empty.jsonl"], Letters(), "training")

@@ -13,11 +13,11 @@ import jamba_lm
 from benchmarks.byte_trigram import ByteTrigram
 from benchmarks.embedded_model import SAMPLE, TRIGRAMS, compare, xz_bits
 from jamba_lm.config import JambaConfig
-from jamba_lm.data import read_documents
 from jamba_lm.errors import DataError
 from jamba_lm.model.layout import draw_layers
 from jamba_lm.presets import preset
 from jamba_lm.sampling import Sampling
+from jamba_lm.text.documents import read_documents
 from jamba_lm.training.recipe_file import load_recipe
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from jamba_lm.data import sample_sequences
 from jamba_lm.errors import CheckpointError, InputError
 from jamba_lm.kernels.packed_weights import Int4Weight
 from jamba_lm.language_model import LanguageModel, load
@@ -176,22 +175,3 @@ def test_numbers_that_are_none_are_refused():
         model.decoder.blocks[1].mixer_norm.weight.fill_(float("inf"))
     with pytest.raises(CheckpointError, match="layer 1 makes NaN or infinity of the text"):
         calibrate_decoder(model.decoder, find_scheme("int4"), texts(WIDE))
-
-
-def test_a_sample_comes_from_all_over_a_file(tmp_path):
-    tokenizer = load_tokenizer(embedded_model_path())
-    path = tmp_path / "text.jsonl"
-    documents = [f"Document {number}. " + "All of it. " * (number % 7) for number in range(600)]
-    documents.append("The last one is long. " * 4000)
-    path.write_text("".join(json.dumps({"text": one}) + "\n" for one in documents), "utf-8")
-    found = sample_sequences(path, tokenizer, 2000, length=100)
-    assert found == sample_sequences(path, tokenizer, 2000, length=100)
-    assert sum(map(len, found)) == 2000
-    assert max(map(len, found)) <= 100
-    texts_found = [tokenizer.decode(ids) for ids in found]
-    assert any("is long" in one for one in texts_found)
-    numbers = [int(one.split()[1].rstrip(".")) for one in texts_found if "Document" in one]
-    assert min(numbers) < 150
-    assert max(numbers) > 450
-    everything = sample_sequences(path, tokenizer, 10**6)
-    assert sum("Document" in tokenizer.decode(ids) for ids in everything) == 600

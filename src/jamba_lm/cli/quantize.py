@@ -13,9 +13,6 @@ from jamba_lm.cli.options import JsonOption, ModelArgument, ThreadsOption, model
 from jamba_lm.errors import InputError
 from jamba_lm.gguf_file import is_gguf
 
-# Of the embedded model four times as many lower the divergence by another 3 %.
-TOKENS = 16_384
-
 
 def quantize(
     model: ModelArgument,
@@ -61,20 +58,20 @@ def quantize(
     threads: ThreadsOption = None,
     json_wanted: JsonOption = False,
 ) -> None:
-    """Write a copy of a model with its weights in 8 or 4 bits, one matrix at a time.
+    """Write a copy of a model with its weights in 8 or 4 bits.
 
     experts-int8: experts and MLP in 8 bits. int8: all large matrices in 8 bits. int4: large
     matrices in 4 bits; embedding, head and x_proj in 8. The rest, and activations, keep their
     type. With --calibrate what rounding to 4 bits does to the products of a text is made up for by
-    the weights not yet rounded (GPTQ). Tokenizer and chat template come along. DIR appears when it
-    is complete, or not at all.
+    the weights not yet rounded (GPTQ). Memory: one matrix at a time, one layer with --calibrate.
+    Tokenizer and chat template come along. DIR appears when it is complete, or not at all.
     """
     from jamba_lm.analysis.packing import packed_parts
     from jamba_lm.checkpoint.packed_writer import calibrate_folder, quantize_folder
     from jamba_lm.cli.output import Output
     from jamba_lm.config import JambaConfig, read_config_json
-    from jamba_lm.data import sample_sequences
     from jamba_lm.quantization.policy import find_scheme
+    from jamba_lm.text.documents import SAMPLE_TOKENS, sample_sequences
     from jamba_lm.text.tokenizer import load_tokenizer
 
     chosen = find_scheme(scheme, group)
@@ -102,7 +99,7 @@ def quantize(
             )
     else:
         sequences = sample_sequences(
-            calibrate, load_tokenizer(source), calibration_tokens or TOKENS
+            calibrate, load_tokenizer(source), calibration_tokens or SAMPLE_TOKENS
         )
         with output.progress("rounding", 0, "values") as line:
             num_bytes = calibrate_folder(

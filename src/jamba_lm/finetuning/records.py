@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from jamba_lm.config_json import shown
-from jamba_lm.data import MAXIMUM_LINE_BYTES
 from jamba_lm.errors import DataError
+from jamba_lm.text.documents import MAXIMUM_LINE_BYTES
 
 EXPECTED = 'expected an object with "messages", with "prompt" and "completion", or with "text"'
 KEYS: Mapping[str, tuple[str, ...]] = {
