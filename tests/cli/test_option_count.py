@@ -18,7 +18,8 @@ OPTIONS = {
     "jamba plan": 0,
     "jamba plan model": 8,
     # What is trained, on what, and how; the rest of a recipe does not change the plan.
-    "jamba plan train": 9,
+    # --this-machine with --threads: no recipe is needed to ask how long a laptop would take.
+    "jamba plan train": 11,
     # --measure takes seconds too; --weights says what is predicted.
     "jamba doctor": 3,
     "jamba init": 7,

@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from jamba_lm.cli.main import main
 from jamba_lm.cli.quantities import parse_run_tokens
+from jamba_lm.config import JambaConfig
 from jamba_lm.errors import InputError
+from jamba_lm.training import operation_speed
 from tests.cli.running import ENVIRONMENT
 
 V01 = ["jamba-v0.1", "--gpus", "64", "--tokens", "1T", "--mesh", "shard=64,expert=16"]
@@ -101,6 +107,96 @@ def test_planning_a_run_imports_no_torch():
         [sys.executable, "-c", code], env=ENVIRONMENT, capture_output=True, check=False
     )
     assert done.returncode == 0
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Time everything a few times only, and leave torch's threads as they were."""
+    monkeypatch.setattr(operation_speed, "SECONDS_EACH", 0.0)
+    monkeypatch.setattr(operation_speed, "OPTIMIZER_SAMPLE", SMALL)
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
+
+SMALL = JambaConfig(
+    vocab_size=64, d_model=16, d_ff=24, num_layers=4, num_heads=2, num_kv_heads=1, num_experts=4
+)
+HERE = ["--this-machine", "--tokens", "1000000"]
+
+
+@pytest.fixture
+def small(tmp_path: Path) -> str:
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(SMALL.to_hf()))
+    return str(path)
+
+
+def test_a_plan_of_this_machine_is_measured_here(
+    quick: None, small: str, capsys: pytest.CaptureFixture[str]
+):
+    arguments = [small, *HERE, "--threads", "2"]
+    found = answer(capsys, *arguments, "--sequence-tokens", "64", "--batch-tokens", "512")
+    assert (found["device"], found["gpus"], found["workers"]) == ("this machine", 1, 2)
+    # Eight sequences of 64 for two workers, as many at a time as may be.
+    work = found["pass"]
+    assert work["sequences"] * work["passes"] * 2 == 8
+    origins = {one["origin"] for one in found["assumptions"].values()}
+    assert origins == {"measured"}
+    assert found["assumptions"]["operations"]["value"] >= 10
+    assert found["seconds"]["step"] > 0
+    assert found["tokens_per_second"] == pytest.approx(512 / found["seconds"]["step"])
+    assert found["exchanges"] == []
+    parts = [count for name, count in found["memory"].items() if name != "total"]
+    assert sum(parts) == found["memory"]["total"] <= found["gpu_memory"]
+
+
+def test_a_plan_of_this_machine_says_what_to_write_into_a_recipe(
+    quick: None, small: str, capsys: pytest.CaptureFixture[str]
+):
+    # Without --batch-tokens it is about 8,192, in whole sequences for each of three workers.
+    assert main(["plan", "train", small, *HERE, "--threads", "3"]) == 0
+    output = capsys.readouterr()
+    assert "this machine, 3 workers, of" in output.out
+    assert "9,216 a step, in sequences of 512" in output.out
+    recipe = re.search(
+        r"in a recipe: batch_tokens = (\d+), accumulate = (\d+), workers = 3", output.out
+    )
+    assert recipe is not None
+    assert int(recipe[1]) * int(recipe[2]) == 9216
+    assert "mesh" not in output.out
+    assert "minutes" in output.out
+    assert "measuring" in output.err
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        (["--gpus", "1"], "--gpus is of other devices"),
+        (["--mesh", "shard=1"], "--mesh is of other devices"),
+        (["--device", "h100"], "--device is of other devices"),
+        (["--threads", "0"], "threads"),
+        (["--threads", "3", "--batch-tokens", "2048"], "3 workers cannot share out: take a batch"),
+        (["--threads", "1", "--gpu-memory", "1MiB"], "does not fit"),
+    ],
+)
+def test_a_plan_of_this_machine_refuses_what_is_not_of_it(
+    quick: None, small: str, capsys: pytest.CaptureFixture[str], more: list[str], said: str
+):
+    assert main(["plan", "train", small, *HERE, *more]) == 2
+    assert said in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_threads_are_of_this_machine(capsys: pytest.CaptureFixture[str]):
+    assert "give it with --this-machine" in refused(capsys, *V01, "--threads", "2")
+
+
+def test_a_sequence_longer_than_any_pass_is_one_pass(capsys: pytest.CaptureFixture[str]):
+    found = answer(
+        capsys, "tiny", "--tokens", "1B", "--sequence-tokens", "2M", "--gpu-memory", "2000GiB"
+    )
+    assert found["pass"]["sequences"] == 1
+    assert found["pass"]["passes"] == 2
 
 
 def test_tokens_of_a_run_are_counted_in_thousands():

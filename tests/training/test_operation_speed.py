@@ -46,7 +46,8 @@ def test_a_step_is_predicted_from_its_operations(quick: None, workers: int):
     rank = Rank(SMALL, ParallelLayout(), Pass(sequences=2, tokens=24))
     machine = MeasuredMachine(workers)
     time = step_time(rank, machine, passes=3)
-    assert time.tokens == 3 * 48
+    # Each worker makes three passes of its own.
+    assert time.tokens == workers * 3 * 48
     assert time.others == 0.0
     for part in {one.part for one in pass_operations(rank)}:
         assert time.forward[part] > 0, part
@@ -70,7 +71,7 @@ def test_larger_operations_take_longer(quick: None):
 
 
 def test_one_machine_has_nobody_to_send_to():
-    with pytest.raises(InputError, match="plan with --device"):
+    with pytest.raises(InputError, match="plan without --this-machine"):
         MeasuredMachine().exchange_seconds(
             Exchange("tensor", "rows", "all-reduce", Group(8, 1), 100, 1)
         )

@@ -24,19 +24,28 @@ MEMORY_NAMES = {
 
 def describe(model: str, device: str, plan: TrainingPlan, *, searched: bool) -> Iterator[str]:
     """Yield the lines that answer a person."""
-    run, rank = plan.run, plan.rank
+    run, rank, workers = plan.run, plan.rank, plan.run.device.workers
+    where = f"{run.gpus:,} x {device}" if workers == 1 else f"{device}, {workers} workers,"
     yield (
-        f"{model} on {run.gpus:,} x {device} of {show_bytes(run.gpu_memory)}: {run.tokens:,} "
+        f"{model} on {where} of {show_bytes(run.gpu_memory)}: {run.tokens:,} "
         f"tokens, {run.batch_tokens:,} a step, in sequences of {run.sequence_tokens:,}"
     )
-    how = "the fastest found that fits" if searched else "as asked"
-    yield f"  mesh: {describe_mesh(rank.mesh)} ({how})"
+    if run.device.node_size > 1:
+        how = "the fastest found that fits" if searched else "as asked"
+        yield f"  mesh: {describe_mesh(rank.mesh)} ({how})"
     again = "each layer is computed again in the backward pass"
     kept = "every layer keeps its activations"
     yield (
         f"  a step: {plan.time.passes:,} passes of {rank.work.sequences:,} x {rank.tokens:,} "
-        f"tokens on each rank; {again if rank.work.recompute else kept}"
+        f"tokens on each {'rank' if workers == 1 else 'worker'}; "
+        f"{again if rank.work.recompute else kept}"
     )
+    if run.device.node_size == 1:
+        yield (
+            f"  in a recipe: batch_tokens = {rank.rows}, accumulate = {plan.time.passes * workers}"
+            f", workers = {workers}"
+            f"{', recompute_layers = true' if rank.work.recompute else ''}"
+        )
     yield from _memory(plan)
     yield from _time(plan)
     yield from _exchanges(plan)
@@ -49,7 +58,7 @@ def describe(model: str, device: str, plan: TrainingPlan, *, searched: bool) -> 
 
 def _memory(plan: TrainingPlan) -> Iterator[str]:
     yield ""
-    yield "memory of the fullest rank"
+    yield f"memory of {'the fullest rank' if plan.run.device.workers == 1 else 'all workers'}"
     for one in fields(plan.memory):
         count = getattr(plan.memory, one.name)
         if count:
@@ -79,8 +88,19 @@ def _time(plan: TrainingPlan) -> Iterator[str]:
     yield ""
     yield (
         f"{time.tokens_per_second:,.0f} tokens/s, {time.tokens_per_second / plan.run.gpus:,.0f} a "
-        f"device; MFU {100 * plan.mfu:.1f} %; {plan.days:,.1f} days"
+        f"device; MFU {100 * plan.mfu:.1f} %; {_duration(plan.days)}"
     )
+
+
+def _duration(days: float) -> str:
+    """Write a time in the unit that has two figures of it or more.
+
+    >>> _duration(24.6), _duration(0.25), _duration(0.005)
+    ('24.6 days', '6.0 hours', '7.2 minutes')
+    """
+    if days >= 1:
+        return f"{days:,.1f} days"
+    return f"{24 * days:.1f} hours" if days >= 1 / 24 else f"{1440 * days:.1f} minutes"
 
 
 def _share(seconds: float, plan: TrainingPlan) -> str:
@@ -122,6 +142,7 @@ def plan_values(model: str, device: str, plan: TrainingPlan) -> dict[str, Any]:
         "model": model,
         "device": device,
         "gpus": run.gpus,
+        "workers": run.device.workers,
         "gpu_memory": run.gpu_memory,
         "tokens": run.tokens,
         "batch_tokens": run.batch_tokens,

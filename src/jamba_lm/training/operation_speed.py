@@ -11,14 +11,17 @@ heads, P head width, X experts, K experts per token, V vocabulary.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from jamba_lm.analysis.machine import peak_memory
 from jamba_lm.analysis.machine_speed import product_speed
+from jamba_lm.analysis.memory import GIB
+from jamba_lm.analysis.training_cost.devices import Assumption
 from jamba_lm.analysis.training_cost.exchanges import Exchange
 from jamba_lm.analysis.training_cost.operations import Operation
 from jamba_lm.config import JambaConfig
@@ -42,6 +45,8 @@ OPTIMIZER_SAMPLE = JambaConfig(
     num_kv_heads=2,
     num_experts=4,
 )
+# Rows of a product are then many enough, and what a pass keeps leaves the caches in any case.
+LARGEST_PASS = 2048
 DTYPES = {2: torch.bfloat16, 4: torch.float32}
 
 Forward = Callable[[], Tensor]
@@ -67,6 +72,41 @@ class MeasuredMachine:
         self._known: dict[tuple[str, tuple[int, ...], int], tuple[float, float]] = {}
         self._optimizer: dict[int, float] = {}
         self._peak: float | None = None
+        self._reserve = peak_memory()
+
+    @property
+    def workers(self) -> int:
+        """Passes at the same time, each on a core of its own."""
+        return self._workers
+
+    @property
+    def largest_pass(self) -> int:
+        """Tokens in one pass, beyond which nothing is gained by more."""
+        return LARGEST_PASS
+
+    @property
+    def node_size(self) -> int:
+        """This machine, which is one."""
+        return 1
+
+    @property
+    def others_share(self) -> float:
+        """Nothing is added: reading text, validation and saving are not part of a step."""
+        return 0.0
+
+    @property
+    def reserve_bytes(self) -> int:
+        """Bytes that Python and torch took before anything was measured."""
+        return self._reserve
+
+    def assumptions(self) -> Iterator[tuple[str, Assumption]]:
+        """Yield what a prediction rests on, by name."""
+        product = "[512, 2048] x [2048, 2048], bfloat16"
+        yield "product_flops", _found(self.peak_flops, "FLOP/s", product)
+        yield "operations", _found(len(self._known), "sizes", "with gradients, the best of tries")
+        for width, seconds in self._optimizer.items():
+            yield "optimizer", _found(1e9 * seconds, "ns/value", f"AdamW, weights of {width} bytes")
+        yield "reserve", _found(self._reserve / GIB, "GiB", "Python and torch before training")
 
     @property
     def peak_flops(self) -> float:
@@ -97,7 +137,7 @@ class MeasuredMachine:
         """
         raise InputError(
             f"{one.purpose} would be sent among {one.group.size} ranks, and this machine is one: "
-            "its workers share its memory; plan with --device for a mesh"
+            "its workers share its memory; plan without --this-machine for a mesh"
         )
 
     def _probe(self, one: Operation, dtype: torch.dtype) -> tuple[float, float]:
@@ -140,6 +180,10 @@ class MeasuredMachine:
             optimizer.step(1e-5, 1.0)
             best = min(best, (time.process_time() - started) / self._workers)
         return best / sum(one.numel() for one in decoders[0].parameters())
+
+
+def _found(value: float, unit: str, how: str) -> Assumption:
+    return Assumption(value, unit, "measured", f"this machine, now: {how}")
 
 
 def _leaf(*shape: int, dtype: torch.dtype) -> Tensor:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -47,32 +49,36 @@ def test_one_rank_holds_the_whole_model(config: JambaConfig):
     assert held_values(rank) == parameter_counts(config).total
 
 
+@pytest.mark.parametrize("workers", [1, 2])
 @pytest.mark.parametrize("passes", [1, 3])
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 @pytest.mark.parametrize("config", [SMALL, SMALL.replace(tie_embeddings=True, num_experts=1)])
 def test_weights_gradients_and_moments_are_those_of_a_real_model_to_the_byte(
-    config: JambaConfig, dtype: str, passes: int
+    config: JambaConfig, dtype: str, passes: int, workers: int
 ):
     with torch.device("meta"):
         decoder = Decoder(config)
     initialize(decoder, 0)
     optimizer = MasterAdamW(decoder, OptimizerSection())
     decoder.to({"fp32": torch.float32, "bf16": torch.bfloat16}[dtype])
+    decoders = [decoder, *(copy.deepcopy(decoder) for _ in range(workers - 1))]
+    optimizer.share_out(decoders[1:], lambda work, items: [work(item) for item in items])
     width = {"fp32": 4, "bf16": 2}[dtype]
-    memory, _ = rank_memory(
-        Rank(config, ParallelLayout(), Pass(sequences=1, tokens=8, width=width)), passes
-    )
+    rank = Rank(config, ParallelLayout(), Pass(sequences=1, tokens=8, width=width))
+    memory, kept = rank_memory(rank, passes, workers=workers)
+    parameters = [one for decoder in decoders for one in decoder.parameters()]
     for number in range(passes):
-        for one in decoder.parameters():
+        for one in parameters:
             one.grad = torch.zeros_like(one)
-        optimizer.collect(last=number == passes - 1)
-    weights = sum(one.nbytes for one in decoder.parameters())
+        optimizer.collect(workers, last=number == passes - 1)
+    weights = sum(one.nbytes for one in parameters)
     assert memory.parameters == weights
     assert memory.optimizer == sum(one.nbytes for one in optimizer.tensors().values())
     # What the last pass left, and the sum of those before it.
     waiting = sum(one.nbytes for pass_ in optimizer._waiting for one in pass_)
     assert memory.gradients == waiting + optimizer._sum.nbytes
     assert memory.gathered == memory.buffers == 0
+    assert memory.activations + memory.logits == workers * kept.total
 
 
 DIVIDING = [

@@ -17,6 +17,8 @@ from jamba_lm.analysis.training_cost.operations import Operation, flops_of
 from jamba_lm.config_json import closest, shown
 from jamba_lm.errors import InputError
 
+LARGEST_PASS = 2**20
+
 Origin = Literal["data sheet", "measured", "chosen"]
 
 
@@ -82,6 +84,31 @@ class Device:
     imbalance: Assumption
     others: Assumption
     reserve: Assumption
+
+    @property
+    def workers(self) -> int:
+        """Passes at the same time: one is all that a device needs."""
+        return 1
+
+    @property
+    def largest_pass(self) -> int:
+        """Tokens in one pass, beyond which nothing is gained by more."""
+        return LARGEST_PASS
+
+    @property
+    def node_size(self) -> int:
+        """Devices with fast links among each other."""
+        return int(self.node.value)
+
+    @property
+    def others_share(self) -> float:
+        """Share of the time that nothing here accounts for."""
+        return self.others.value
+
+    @property
+    def reserve_bytes(self) -> int:
+        """Bytes of a device that a program cannot use."""
+        return int(self.reserve.value * GIB)
 
     @property
     def peak_flops(self) -> float:
@@ -245,11 +272,6 @@ def device_named(name: str) -> Device:
     if name not in DEVICES:
         raise InputError(
             f"no device {shown(name)} among {', '.join(DEVICES)}{closest(name, DEVICES)}; "
-            "--this-machine measures the one you have"
+            "--this-machine measures the processor here"
         )
     return DEVICES[name]
-
-
-def reserve_bytes(device: Device) -> int:
-    """Return the bytes of a device that a program cannot use."""
-    return int(device.reserve.value * GIB)

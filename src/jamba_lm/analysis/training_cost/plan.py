@@ -7,15 +7,21 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import Protocol
 
 from jamba_lm.analysis.memory import GIB
 from jamba_lm.analysis.training_cost.activations import Activations
-from jamba_lm.analysis.training_cost.devices import Device, reserve_bytes
+from jamba_lm.analysis.training_cost.devices import Assumption
 from jamba_lm.analysis.training_cost.mesh import check_mesh, describe
 from jamba_lm.analysis.training_cost.operations import Flops
 from jamba_lm.analysis.training_cost.rank import Pass, Rank
 from jamba_lm.analysis.training_cost.rank_memory import RankMemory, rank_memory
-from jamba_lm.analysis.training_cost.step import StepTime, flops_per_token, step_time
+from jamba_lm.analysis.training_cost.step import (
+    Machine,
+    StepTime,
+    flops_per_token,
+    step_time,
+)
 from jamba_lm.config import JambaConfig
 from jamba_lm.errors import CapacityError, InputError
 from jamba_lm.parallel_layout import ParallelLayout
@@ -23,8 +29,29 @@ from jamba_lm.parallel_layout import ParallelLayout
 SECONDS_PER_DAY = 86_400.0
 # No tensor group leaves a node, and sequences are cut for `context` only so far.
 SMALLEST_CONTEXT_PIECE = 1024
-# Tokens of a rank in one pass, beyond which nothing is gained by more.
-LARGEST_PASS = 2**20
+
+
+class PlannedDevice(Machine, Protocol):
+    """A device as a plan asks it, and what its speeds rest on."""
+
+    @property
+    def largest_pass(self) -> int:
+        """Tokens in one pass, beyond which nothing is gained by more."""
+
+    @property
+    def node_size(self) -> int:
+        """Devices with fast links among each other."""
+
+    @property
+    def others_share(self) -> float:
+        """Share of the time that nothing accounts for."""
+
+    @property
+    def reserve_bytes(self) -> int:
+        """Bytes of memory that training cannot use."""
+
+    def assumptions(self) -> Iterator[tuple[str, Assumption]]:
+        """Yield every number with its name."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,7 +67,7 @@ class Run:
     """
 
     config: JambaConfig
-    device: Device
+    device: PlannedDevice
     gpus: int
     gpu_memory: int
     tokens: int
@@ -101,8 +128,8 @@ def token_flops(run: Run) -> dict[str, Flops]:
 
 
 def passes_of(rank: Rank, run: Run) -> int:
-    """Return how many passes a rank makes in a step, one after the other."""
-    together = rank.mesh.num_readers * rank.work.sequences
+    """Return how many passes a rank, or each of its workers, makes in a step, in sequence."""
+    together = rank.mesh.num_readers * rank.work.sequences * run.device.workers
     return run.batch_tokens // (together * run.sequence_tokens)
 
 
@@ -123,7 +150,7 @@ class Candidate:
     def timed(self, run: Run) -> TrainingPlan:
         """Predict how fast it is."""
         passes = passes_of(self.rank, run)
-        time = step_time(self.rank, run.device, passes, run.device.others.value)
+        time = step_time(self.rank, run.device, passes, run.device.others_share)
         return TrainingPlan(
             rank=self.rank, memory=self.memory, activations=self.activations, time=time, run=run
         )
@@ -141,7 +168,8 @@ def candidate(run: Run, mesh: ParallelLayout, *, sequences: int, recompute: bool
     work = Pass(sequences=sequences, tokens=run.sequence_tokens, recompute=recompute)
     rank = Rank(run.config, mesh, work)
     passes = passes_of(rank, run)
-    return Candidate(rank, *rank_memory(rank, passes, reserve_bytes(run.device)))
+    device = run.device
+    return Candidate(rank, *rank_memory(rank, passes, device.reserve_bytes, device.workers))
 
 
 def check_run(run: Run) -> None:
@@ -177,11 +205,14 @@ def best_on(run: Run, mesh: ParallelLayout) -> TrainingPlan:
             f"tensor) and --gpus is {run.gpus:,}: make them equal"
         )
     check_mesh(mesh, run.config, run.sequence_tokens)
-    if (run.batch_tokens // run.sequence_tokens) % mesh.num_readers:
-        whole = mesh.num_readers * run.sequence_tokens
+    workers = run.device.workers
+    readers = mesh.num_readers * workers
+    if (run.batch_tokens // run.sequence_tokens) % readers:
+        whole = readers * run.sequence_tokens
+        who = f"{readers:,} readers (replicate x shard)" if workers == 1 else f"{readers} workers"
         raise InputError(
             f"a batch of {run.batch_tokens:,} tokens is {run.batch_tokens // run.sequence_tokens:,}"
-            f" sequences, which {mesh.num_readers:,} readers (replicate x shard) cannot share out: "
+            f" sequences, which {who} cannot share out: "
             f"take a batch of {-(-run.batch_tokens // whole) * whole:,}"
         )
     best, least = _fastest(run, [mesh])
@@ -213,12 +244,14 @@ def _fastest(
 
 
 def _candidates(run: Run, mesh: ParallelLayout) -> Iterator[Candidate]:
-    each = run.batch_tokens // run.sequence_tokens // mesh.num_readers
+    each = run.batch_tokens // run.sequence_tokens // (mesh.num_readers * run.device.workers)
     for recompute in (False, True):
         sequences = 1
         # `context` cuts the rows of a pass, not each sequence: with two of them it cuts nothing.
         most = 1 if mesh.context > 1 else each
-        while sequences <= most and sequences * run.sequence_tokens <= LARGEST_PASS:
+        while sequences <= most and (
+            sequences == 1 or sequences * run.sequence_tokens <= run.device.largest_pass
+        ):
             found = candidate(run, mesh, sequences=sequences, recompute=recompute)
             if each % sequences == 0:
                 yield found
@@ -269,7 +302,7 @@ def search(run: Run) -> TrainingPlan:
 
 
 def _meshes(run: Run) -> Iterator[ParallelLayout]:
-    node = int(run.device.node.value)
+    node = run.device.node_size
     batch = run.batch_tokens // run.sequence_tokens
     for tensor in _divisors(run.gpus):
         if tensor > node:

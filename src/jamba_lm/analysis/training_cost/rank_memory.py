@@ -50,26 +50,31 @@ class RankMemory:
         return sum(getattr(self, one.name) for one in fields(self))
 
 
-def rank_memory(rank: Rank, passes: int, reserve: int = 0) -> tuple[RankMemory, Activations]:
+def rank_memory(
+    rank: Rank, passes: int, reserve: int = 0, workers: int = 1
+) -> tuple[RankMemory, Activations]:
     """Add up the memory of the rank with the most, and say what its activations are.
 
     Args:
         rank: a share of the shape.
-        passes: that it makes in a step, one after the other.
+        passes: that it, or each of its workers, makes in a step, one after the other.
         reserve: bytes that nobody can use.
+        workers: passes that go on at the same time, each with its own weights and activations; the
+            optimizer is theirs together.
     """
     shares, kept = rank_shares(rank.config, rank.mesh), pass_activations(rank)
     w = rank.work.width
     held = sum(one.copies * one.held for one in shares)
     alone = rank.mesh.world_size == 1
+    logits = kept.logits if kept.logits > kept.again else 0
     own = _bytes(shares, w, lambda one: one.held) if alone else 0
     memory = RankMemory(
-        parameters=own,
-        gradients=own + (0 if alone and passes == 1 else held * FLOAT),
+        parameters=workers * own,
+        gradients=workers * own + (0 if alone and passes == 1 else held * FLOAT),
         optimizer=3 * held * FLOAT,
         gathered=0 if alone else _gathered(rank, shares),
-        activations=kept.total - kept.logits if kept.logits > kept.again else kept.total,
-        logits=kept.logits if kept.logits > kept.again else 0,
+        activations=workers * (kept.total - logits),
+        logits=workers * logits,
         buffers=_buffers(rank),
         reserve=reserve,
     )

@@ -29,6 +29,10 @@ class Machine(Protocol):
     """What knows how fast things are."""
 
     @property
+    def workers(self) -> int:
+        """Passes that go on at the same time on one device, each with weights of its own."""
+
+    @property
     def peak_flops(self) -> float:
         """Operations a second that utilisation is a share of."""
 
@@ -47,7 +51,7 @@ class StepTime:
     """The seconds of one optimizer step, and what they are made of.
 
     Attributes:
-        passes: forward and backward passes, one after the other on each rank.
+        passes: forward and backward passes, one after the other on each rank or worker.
         tokens: of all ranks and passes.
         forward: of all passes, by part.
         backward: likewise.
@@ -93,7 +97,7 @@ def step_time(rank: Rank, machine: Machine, passes: int, others: float = 0.0) ->
     Args:
         rank: the slowest one.
         machine: how fast it is.
-        passes: that each rank makes in a step.
+        passes: that each rank, or each worker, makes in a step.
         others: share of the time that the machine says is spent on what is not counted.
     """
     width = rank.work.width
@@ -127,7 +131,11 @@ def step_time(rank: Rank, machine: Machine, passes: int, others: float = 0.0) ->
     known = computing + sum(waiting.values()) + optimizer
     return StepTime(
         passes=passes,
-        tokens=passes * rank.work.sequences * rank.work.tokens * rank.mesh.num_readers,
+        tokens=passes
+        * machine.workers
+        * rank.work.sequences
+        * rank.work.tokens
+        * rank.mesh.num_readers,
         forward=forward,
         backward=backward,
         again=again,
