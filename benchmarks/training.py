@@ -4,8 +4,9 @@
 
 Loss and gradient must agree with transformers' in float32 before anything is timed. Then ours
 (bf16 with float32 masters), transformers (float32, eager; its parallel scan when mambapy is
-installed) and a matrix product of this machine's best size take turns. A step of transformers that
-takes longer than --limit is ended and reported as such. What is compared is forward and backward;
+installed; compiled, when --compiled says how long to wait for that) and a matrix product of this
+machine's best size take turns. A step of transformers that takes longer than --limit is ended and
+reported as such. What is compared is forward and backward;
 ours is also timed with its optimizer, and once more under the profiler.
 """
 
@@ -51,6 +52,8 @@ GATE_TOLERANCE = 1e-3
 PRODUCT = (1024, 4096, 4096)
 BOTH, WHOLE, PEAK = "ours, forward and backward", "ours, with the optimizer", "matrix product"
 EAGER, PARALLEL = "transformers, eager", "transformers with mambapy"
+COMPILED = "transformers, compiled"
+PEERS = (EAGER, PARALLEL, COMPILED)
 
 # What the profiler calls things, and what they are.
 PARTS = {
@@ -113,8 +116,7 @@ class Ours:
 class Peer:
     """transformers in a process of its own, which can be ended."""
 
-    def __init__(self, command: list[str], limit: float) -> None:
-        self._limit = limit
+    def __init__(self, command: list[str]) -> None:
         self._process = subprocess.Popen(
             command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )
@@ -134,17 +136,17 @@ class Peer:
         self._process.kill()
         self._process.communicate()
 
-    def seconds(self) -> float | None:
+    def seconds(self, limit: float) -> float | None:
         """Return what a step took; None when it took longer than the limit, and is the last."""
         assert self._process.stdin is not None
         self._process.stdin.write("step\n")
         self._process.stdin.flush()
-        answer = self._answer(self._limit)
+        answer = self._answer(limit)
         return None if answer is None else float(answer)
 
     def seconds_at_most(self, limit: float) -> float:
         """Return what a step took, or the limit that it reached."""
-        seconds = self.seconds()
+        seconds = self.seconds(limit)
         return limit if seconds is None else seconds
 
     def _answer(self, limit: float) -> Any:
@@ -215,13 +217,16 @@ def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     peers = {} if options.alone else {EAGER: common}
     if peers and importlib.util.find_spec("mambapy") is not None:
         peers[PARALLEL] = [*common, "--parallel-scan"]
-    too_slow: list[str] = []
+    if peers and options.compiled:
+        peers[COMPILED] = [*common, "--compiled"]
+    too_slow: dict[str, float] = {}
     with ExitStack() as stack:
         pids: list[int] = []
         for name, command in peers.items():
-            peer = stack.enter_context(Peer(command, options.limit))
-            if peer.seconds() is None:
-                too_slow.append(name)
+            peer = stack.enter_context(Peer(command))
+            limit = options.compiled if name == COMPILED else options.limit
+            if peer.seconds(limit) is None:
+                too_slow[name] = limit
                 continue
             pids.append(peer.pid)
             actions[name] = partial(peer.seconds_at_most, options.limit)
@@ -232,16 +237,14 @@ def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     per_second = {name: rows / verdicts[name].seconds for name in (BOTH, WHOLE)}
     per_second |= {
         name: options.sequences * options.their_tokens / verdicts[name].seconds
-        for name in (EAGER, PARALLEL)
+        for name in PEERS
         if name in verdicts
     }
     product = 2.0 * PRODUCT[0] * PRODUCT[1] * PRODUCT[2]
     # How much longer than a product a step takes, round by round.
     against_peak = {name: paired(verdicts[name], verdicts[PEAK]) for name in (BOTH, WHOLE)}
     against_peers = {
-        name: paired(verdicts[name], verdicts[BOTH])
-        for name in (EAGER, PARALLEL)
-        if name in verdicts
+        name: paired(verdicts[name], verdicts[BOTH]) for name in PEERS if name in verdicts
     }
     share = rows / (options.sequences * options.their_tokens)
     return {
@@ -251,7 +254,7 @@ def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
         "their_rows": options.sequences * options.their_tokens,
         "agreement": agreement,
         "tokens_per_second": per_second,
-        "no_step_within_seconds": dict.fromkeys(too_slow, options.limit),
+        "no_step_within_seconds": too_slow,
         "peak_flops": product / verdicts[PEAK].seconds,
         "mfu": {name: flops / product / one.median for name, one in against_peak.items()},
         "times_as_fast": {name: share * one.median for name, one in against_peers.items()},
@@ -310,6 +313,9 @@ def main() -> None:
     parser.add_argument("--their-tokens", type=int, help="of transformers; --tokens when not said")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--limit", type=float, default=60.0, help="seconds for a step of theirs")
+    parser.add_argument(
+        "--compiled", type=float, default=0.0, help="seconds for theirs to compile and take a step"
+    )
     parser.add_argument("--alone", action="store_true", help="leave transformers out")
     parser.add_argument("--samples", type=int, default=7, help="quiet samples wanted")
     parser.add_argument("--seconds", type=float, default=120.0, help="most time for the samples")

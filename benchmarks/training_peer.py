@@ -42,9 +42,12 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, required=True)
     parser.add_argument("--threads", type=int, required=True)
     parser.add_argument("--parallel-scan", action="store_true")
+    parser.add_argument("--compiled", action="store_true")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     model = load(options.folder, parallel_scan=options.parallel_scan)
+    if options.compiled:
+        model.compile()
     draw = torch.Generator().manual_seed(0)
     shape = (options.sequences, options.tokens)
     ids_BT = torch.randint(0, model.config.vocab_size, shape, generator=draw)

@@ -13,6 +13,7 @@ from torch import Tensor
 from jamba_lm.errors import BackendUnavailable
 from jamba_lm.kernels.library import loaded_library
 from jamba_lm.kernels.native_step import STEP_ROWS
+from jamba_lm.kernels.native_structs import RowRounding
 from jamba_lm.kernels.packed_weights import Int8Weight
 from jamba_lm.language_model import LanguageModel, from_config
 from jamba_lm.model.batch import Batch
@@ -370,7 +371,7 @@ def test_matrices_of_two_types_that_meet_the_same_rows_are_left_to_their_modules
     for name, kind in changes.items():
         matrix = model.decoder.get_parameter(f"{name}.weight").detach()
         packed = Int8Weight.quantize(matrix) if kind == 8 else quantize_int4(matrix, kind)
-        place_packed(model.decoder, f"{name}.weight", packed, matrix.dtype)
+        place_packed(model.decoder, f"{name}.weight", packed, matrix.dtype, rows8=RowRounding.NONE)
     model = LanguageModel(WIDE, model.decoder)
     assert reason in str(model.why_not_step())
     after = model.next_logits([[1, 2]], [model.new_state()])

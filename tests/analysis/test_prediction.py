@@ -24,10 +24,12 @@ from jamba_lm.analysis.workload import Workload
 from jamba_lm.cli.main import main
 from jamba_lm.errors import CapacityError
 from jamba_lm.language_model import LanguageModel
+from jamba_lm.model.decoder import Decoder
 from jamba_lm.model.layout import draw_layers, plan_layers
 from jamba_lm.presets import preset
-from jamba_lm.quantization.rewrite import PACKED
-from tests.arms import SMALL
+from jamba_lm.quantization.policy import find_scheme
+from jamba_lm.quantization.rewrite import PACKED, quantize_decoder
+from tests.arms import SMALL, shaken_model
 
 SHORT = Workload(num_prompt_tokens=20, num_new_tokens=2, batch=2, prefill_tokens=16)
 
@@ -93,6 +95,26 @@ def test_a_sample_is_a_working_model_of_its_type(weights: str):
     assert len(set(logits[0].tolist())) > 50, "no two tokens need be alike"
     packed = any(isinstance(module, PACKED) for module in model.decoder.modules())
     assert packed == (weights not in ("fp32", "bf16"))
+
+
+@pytest.mark.parametrize("weights", ["int8", "experts-int8", "int4"])
+@pytest.mark.parametrize("kind", [("mamba", "moe"), ("attention", "mlp")])
+def test_a_sample_is_packed_as_a_model_is(weights: str, kind: tuple[str, str]):
+    """To the rows that its products round, or it would be timed doing something else."""
+    config = sample_config(SMALL.replace(d_model=64, d_ff=64), kind, 2, 100)
+    loaded = shaken_model(config).decoder.bfloat16()
+    quantize_decoder(loaded, find_scheme(weights))
+    sampled = sample_model(config, weights).decoder
+
+    def packed(decoder: Decoder) -> dict[str, tuple[object, ...]]:
+        return {
+            name: (type(module), type(module.weight), getattr(module, "rows8", None))
+            for name, module in decoder.named_modules()
+            if isinstance(module, PACKED)
+        }
+
+    assert packed(sampled) == packed(loaded)
+    assert packed(sampled)
 
 
 def test_a_sample_takes_time():

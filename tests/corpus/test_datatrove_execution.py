@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
-import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 
+from jamba_lm.corpus.datatrove_execution import LOGS
 from jamba_lm.corpus.preparation import prepare
 from jamba_lm.corpus.prepared import PreparedCorpus
 from jamba_lm.errors import BackendUnavailable, RecipeError
@@ -113,9 +114,24 @@ def test_an_option_that_the_executor_lacks_is_refused(texts, execution, word):
         prepared(texts, **SECTIONS, execution=execution)
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(find_spec("ray") is None, reason="Ray is no dependency, and not installed")
+def test_ray_gives_the_same_bytes(texts, monkeypatch):
+    source = Path(__file__).resolve().parents[2] / "src"
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(source), *sys.path[1:]]))
+    here = prepared(texts, "here", **SECTIONS, execution={"tasks": 3})
+    execution = {
+        "executor": "ray",
+        "tasks": 3,
+        "workers": 2,
+        "options": {"cpus_per_task": 1, "mem_per_cpu_gb": 1},
+    }
+    there = prepared(texts, "there", **SECTIONS, execution=execution)
+    assert shard_bytes(here.folder) == shard_bytes(there.folder)
+    assert (texts / "there" / LOGS).is_dir()
+
+
+@pytest.mark.skipif(find_spec("ray") is not None, reason="Ray is installed")
 def test_ray_is_asked_for_by_name_where_it_is_missing(texts):
-    code = "import ray"
-    if subprocess.run([sys.executable, "-c", code], capture_output=True).returncode == 0:
-        pytest.skip("ray is installed")
     with pytest.raises(BackendUnavailable, match="ray"):
         prepared(texts, **SECTIONS, execution={"executor": "ray"})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from itertools import pairwise
 
 import pytest
 from hypothesis import given
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 
 from jamba_lm.drafting.acceptance import CLASSES, AcceptanceRates
 from jamba_lm.drafting.call_times import LIFETIME_CALLS, CallTimes
-from jamba_lm.drafting.lookup import LookupDrafter
+from jamba_lm.drafting.lookup import IDLE_CALLS, TOGETHER, LookupDrafter
 from jamba_lm.drafting.policy import LONGEST_DRAFT, MOST_ROWS, ROWS, DraftPolicy, Wish
 from tests.tolerances import DRAFTING
 
@@ -265,3 +266,50 @@ def test_copying_with_changes_pays_as_well():
     edited = [draw.randrange(4000) if draw.random() < 0.04 else token for token in text[100:500]]
     assert simulate(text, edited, CLOCKS["waits for weights"]) >= 3.0
     assert simulate(text, edited, CLOCKS["a little longer"]) >= 1.6
+
+
+def test_text_that_repeats_nothing_is_looked_at_a_few_tokens_at_a_time():
+    drafter, policy = LookupDrafter(range(100)), DraftPolicy()
+    looked = []
+    for token in range(100, 400):
+        wish = drafter.wish(1, 100)
+        assert policy.choose([wish]) == [0]
+        if not wish.resting:
+            looked.append(token - 100)
+        drafter.push(token)
+        policy.observe(1, 1.0, sequences=1, written=1)
+    assert looked[:IDLE_CALLS] == list(range(IDLE_CALLS))
+    assert {after - one for one, after in pairwise(looked[IDLE_CALLS:])} == {TOGETHER}
+
+
+def test_what_is_looked_at_late_is_known_all_the_same():
+    drafter = LookupDrafter(range(100))
+    for token in [*range(100, 200), *range(150, 170)]:
+        drafter.wish(1, 100)
+        drafter.push(token)
+    for token in range(170, 170 + TOGETHER):
+        wish = drafter.wish(1, 100)
+        if not wish.resting:
+            break
+        drafter.push(token)
+    assert len(wish.chances) == LONGEST_DRAFT
+    assert drafter.draft(3) == [token, token + 1, token + 2]
+    # A draft was wanted: now every call is looked at again.
+    for guess in range(token, token + IDLE_CALLS):
+        drafter.push(guess)
+        assert not drafter.wish(1, 100).resting
+
+
+def test_what_is_copied_in_the_middle_of_free_text_is_noticed_soon():
+    text, free = prose(600, 1), prose(400, 2)
+    found = simulate(text, free + text[100:300] + free[:50], CLOCKS["waits for weights"])
+    # 200 of 650 tokens in 8 calls and a half, and twice as many until it was noticed.
+    assert found >= 650 / (450 + 200 / 7 + 2 * TOGETHER)
+
+
+def test_a_fixed_length_is_looked_up_for_at_every_call():
+    text = prose(400, 3)
+    drafter = LookupDrafter(text[:100], fixed=4)
+    for token in text[100:]:
+        assert not drafter.wish(1, 100).resting
+        drafter.push(token)

@@ -295,8 +295,9 @@ def sample_model(config: JambaConfig, weights: str) -> LanguageModel:
     tile = torch.randn(TILE, generator=torch.Generator().manual_seed(0)).mul_(0.02)
     for name, blank in list(decoder.named_parameters()):
         packing = None if form.scheme is None else form.scheme.packing(name, blank.shape)
-        if packing is not None:
-            place_packed(decoder, name, _packed(packing, blank.shape), dtype)
+        if form.scheme is not None and packing is not None:
+            packed, rows8 = _packed(packing, blank.shape), form.scheme.rounds_rows(name)
+            place_packed(decoder, name, packed, dtype, rows8=rows8)
             continue
         if blank.ndim == 2 and name.endswith(".weight"):
             value = _tiled(tile.to(dtype), blank.shape)

@@ -148,7 +148,7 @@ def place_packed(
     weight: PackedWeight,
     dtype: torch.dtype,
     *,
-    rows8: RowRounding = RowRounding.NONE,
+    rows8: RowRounding,
 ) -> None:
     """Put a packed matrix in the place of the parameter `name`; a tied head shares it.
 
