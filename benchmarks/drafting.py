@@ -138,7 +138,7 @@ def row(
         "drafted_tokens_per_second": (len(drafted.ids) - 1) / with_drafts.seconds,
         "ratio": ratio.median,
         "ratio_interval": ratio.interval,
-        "drafting": asdict(drafted.drafting),
+        "drafting": drafted.drafting._asdict(),
         "same_text": plain.ids == drafted.ids,
         "problems": [ratio.problem] if ratio.problem else [],
         "samples": [asdict(one) for one in (without, with_drafts)],

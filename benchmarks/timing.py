@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from typing import TypeVar
 
 from benchmarks.calibration import probe
-from benchmarks.quiet import Sample, Verdict, judge, read_accounts
+from benchmarks.quiet import Accounts, Sample, Verdict, judge, read_accounts
 from benchmarks.ratios import paired
 
 Answer = TypeVar("Answer")
@@ -68,11 +68,14 @@ class Stopwatch:
     Attributes:
         threads: that the work uses, and so the probe.
         pids: the processes that work for us at this moment.
+        log: what tells a person.
+        accounts: reads what the processor's time went to, given those processes.
     """
 
     threads: int
     pids: Callable[[], Iterable[int]] = no_processes
     log: Callable[[str], None] = to_stderr
+    accounts: Callable[[Iterable[int]], Accounts] = read_accounts
 
     def alternate(
         self,
@@ -139,9 +142,9 @@ class Stopwatch:
 
     def _observe(self, action: Callable[[], Answer], before: float) -> tuple[Answer, Sample]:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
-        accounts, started = read_accounts(self.pids()), time.monotonic()
+        accounts, started = self.accounts(self.pids()), time.monotonic()
         answer = action()
-        wall, later = time.monotonic() - started, read_accounts(self.pids())
+        wall, later = time.monotonic() - started, self.accounts(self.pids())
         sample = Sample(
             seconds=wall,
             before=before,

@@ -121,6 +121,11 @@ class Continuation:
         """Whether it was asked to draft."""
         return self._drafter is not None
 
+    @property
+    def rests(self) -> bool:
+        """Whether no draft is thought of for the next call."""
+        return self._drafter is None or self._drafter.rests
+
     def wish(self) -> Wish:
         """Say what the next call is to read, and what could be drafted."""
         if self._drafter is None:

@@ -153,7 +153,8 @@ def _run(
     stepper = Stepper(model)
     policy = DraftPolicy() if any(sequence.drafts for sequence in sequences) else None
     while running:
-        work = _share_call(running, prefill_tokens, policy)
+        drafting = policy if policy is not None and _somebody_looks(running) else None
+        work = _share_call(running, prefill_tokens, drafting)
         started = time.perf_counter()
         logits = _read(stepper, work)
         seconds = time.perf_counter() - started
@@ -168,19 +169,24 @@ def _run(
             for (index, sequence, _), rows in zip(work, logits, strict=True)
             if not (sequence.reading and sequence.unread)
         ]
-        if policy is not None:
+        if drafting is not None:
             rows = sum(len(ids) for _, _, ids in work)
             if not reading:
                 num_written = sum(len(tokens) for _, _, tokens in written)
-                policy.observe(rows, seconds, sequences=len(work), written=num_written)
+                drafting.observe(rows, seconds, sequences=len(work), written=num_written)
             elif rows >= TELLING_ROWS:
-                policy.times.observe(rows, seconds)
+                drafting.times.observe(rows, seconds)
         for index, sequence, tokens in written:
             for token in tokens[:-1]:
                 yield index, token
             sequence.settle(model)
             yield index, tokens[-1]
         running = [(index, sequence) for index, sequence in running if not sequence.done]
+
+
+def _somebody_looks(running: list[tuple[int, Continuation]]) -> bool:
+    """Say whether the next call is one that a draft is thought of for: others are as without."""
+    return any(not sequence.rests for _, sequence in running)
 
 
 _Work = list[tuple[int, Continuation, list[int]]]

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import weakref
 
 import pytest
 import torch
 
 from jamba_lm.analysis import machine_speed, prediction
 from jamba_lm.analysis.machine_speed import SMALLEST_SET, measure_speeds
+from jamba_lm.analysis.memory import weight_bytes
 from jamba_lm.analysis.prediction import (
     Seconds,
     kind_of,
@@ -22,6 +25,7 @@ from jamba_lm.analysis.prediction import (
 from jamba_lm.analysis.roofline import Call, Speeds
 from jamba_lm.analysis.workload import Workload
 from jamba_lm.cli.main import main
+from jamba_lm.config import JambaConfig
 from jamba_lm.errors import CapacityError
 from jamba_lm.language_model import LanguageModel
 from jamba_lm.model.decoder import Decoder
@@ -68,6 +72,53 @@ def test_a_prompt_in_pieces_costs_a_call_for_each_and_attention_grows(imaginary_
     assert 4 * one.seconds < four.seconds < 6 * one.seconds
     assert four.tokens == 4 * one.tokens
     assert sum(four.parts.values()) == pytest.approx(four.floor_seconds)
+
+
+@pytest.mark.parametrize("slow_round", range(prediction.ROUNDS))
+def test_a_machine_that_is_slow_for_some_seconds_is_predicted_as_it_is(
+    imaginary_limits, slow_round: int
+):
+    """Samples take turns, so that a slow while is the same one for all, and no median."""
+    workload, names = Workload(512, 1, 1, 512), list[str]()
+
+    def seen(model: LanguageModel, asked: Workload) -> Seconds:
+        names.append(f"{draw_layers(model.config)} {model.config.vocab_size}")
+        return imaginary(model, asked)
+
+    undisturbed = predict(SMALL, "bf16", workload, measured=seen)
+    samples = len(set(names))
+    assert names == names[:samples] * prediction.ROUNDS
+    calls = itertools.count()
+
+    def disturbed(model: LanguageModel, asked: Workload) -> Seconds:
+        slow = next(calls) // samples == slow_round
+        return imaginary(model, asked).times(5.0 if slow else 1.0)
+
+    assert predict(SMALL, "bf16", workload, measured=disturbed) == undisturbed
+
+
+def test_samples_that_do_not_fit_together_are_timed_one_by_one(
+    imaginary_limits, monkeypatch: pytest.MonkeyPatch
+):
+    workload, alive, most = Workload(512, 1, 1, 512), [0], [0]
+    together = predict(SMALL, "bf16", workload, measured=imaginary)
+    largest = weight_bytes(SMALL, "bf16")
+    make = prediction.sample_model
+
+    def counted(config: JambaConfig, weights: str) -> LanguageModel:
+        model = make(config, weights)
+        alive[0] += 1
+        most[0] = max(most[0], alive[0])
+        weakref.finalize(model, lambda: alive.__setitem__(0, alive[0] - 1))
+        return model
+
+    monkeypatch.setattr(prediction, "sample_model", counted)
+    assert predict(SMALL, "bf16", workload, measured=imaginary) == together
+    assert most[0] > 2
+    most[0] = 0
+    monkeypatch.setattr(prediction, "usable_memory", lambda: 2 * largest)
+    assert predict(SMALL, "bf16", workload, measured=imaginary) == together
+    assert most[0] == 1
 
 
 def test_the_calls_are_those_of_the_workload():

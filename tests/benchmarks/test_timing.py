@@ -7,7 +7,7 @@ import pytest
 from benchmarks.calibration import probe
 from benchmarks.engine_worker import random_ids
 from benchmarks.prediction import missed, speeds_of, table
-from benchmarks.quiet import Sample, judge
+from benchmarks.quiet import Accounts, Sample, judge
 from benchmarks.selective_scan import by_scan, slots
 from benchmarks.timing import Patience, SampleFailure, Stopwatch, timed
 
@@ -33,7 +33,10 @@ def test_what_is_compared_takes_turns_and_the_warm_up_does_not_count():
 
 def test_it_ends_when_the_ratios_are_known_although_the_speeds_are_not():
     speeds = iter([1.0, 1.0, 2.0, 2.0, 3.0, 3.0] * 40)
-    watch = Stopwatch(threads=1, log=lambda text: None)
+    # Nobody else is there, whatever else this machine does meanwhile.
+    watch = Stopwatch(
+        threads=1, log=lambda text: None, accounts=lambda pids: Accounts(None, 0.0, 0.0, {})
+    )
     actions = {"a": lambda: next(speeds), "b": lambda: 2 * next(speeds)}
     found = watch.alternate(actions, Patience(4, 50, 60.0), warm_up=0)
     assert len(found["a"].raw) == 4

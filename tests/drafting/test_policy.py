@@ -207,7 +207,9 @@ def simulate(prompt: list[int], text: list[int], seconds: Callable[[int], float]
     policy.times.observe(512, seconds(512))
     spent, done, unread = 0.0, 0, 1
     while done < len(text):
-        (count,) = policy.choose([drafter.wish(unread, len(text) - done - 1)])
+        rests = drafter.rests
+        wish = Wish(unread) if rests else drafter.wish(unread, len(text) - done - 1)
+        (count,) = policy.choose([wish])
         draft = drafter.draft(count)
         written = 0
         for guess in [*draft, None]:
@@ -219,7 +221,8 @@ def simulate(prompt: list[int], text: list[int], seconds: Callable[[int], float]
         rows = unread + len(draft)
         spent += seconds(rows)
         unread = 1 if written == len(draft) + 1 else unread + written
-        policy.observe(rows, seconds(rows), sequences=1, written=written)
+        if not rests:
+            policy.observe(rows, seconds(rows), sequences=1, written=written)
     return len(text) * seconds(1) / spent
 
 
@@ -269,15 +272,13 @@ def test_copying_with_changes_pays_as_well():
 
 
 def test_text_that_repeats_nothing_is_looked_at_a_few_tokens_at_a_time():
-    drafter, policy = LookupDrafter(range(100)), DraftPolicy()
+    drafter = LookupDrafter(range(100))
     looked = []
     for token in range(100, 400):
-        wish = drafter.wish(1, 100)
-        assert policy.choose([wish]) == [0]
-        if not wish.resting:
+        if not drafter.rests:
             looked.append(token - 100)
+        assert not drafter.wish(1, 100).chances
         drafter.push(token)
-        policy.observe(1, 1.0, sequences=1, written=1)
     assert looked[:IDLE_CALLS] == list(range(IDLE_CALLS))
     assert {after - one for one, after in pairwise(looked[IDLE_CALLS:])} == {TOGETHER}
 
@@ -287,17 +288,19 @@ def test_what_is_looked_at_late_is_known_all_the_same():
     for token in [*range(100, 200), *range(150, 170)]:
         drafter.wish(1, 100)
         drafter.push(token)
-    for token in range(170, 170 + TOGETHER):
-        wish = drafter.wish(1, 100)
-        if not wish.resting:
-            break
+    token = 170
+    while drafter.rests:
+        assert drafter.draft(0) == []
         drafter.push(token)
-    assert len(wish.chances) == LONGEST_DRAFT
+        token += 1
+    assert token < 170 + TOGETHER
+    assert len(drafter.wish(1, 100).chances) == LONGEST_DRAFT
     assert drafter.draft(3) == [token, token + 1, token + 2]
     # A draft was wanted: now every call is looked at again.
     for guess in range(token, token + IDLE_CALLS):
         drafter.push(guess)
-        assert not drafter.wish(1, 100).resting
+        assert not drafter.rests
+        assert drafter.wish(1, 100).chances
 
 
 def test_what_is_copied_in_the_middle_of_free_text_is_noticed_soon():
@@ -311,5 +314,6 @@ def test_a_fixed_length_is_looked_up_for_at_every_call():
     text = prose(400, 3)
     drafter = LookupDrafter(text[:100], fixed=4)
     for token in text[100:]:
-        assert not drafter.wish(1, 100).resting
+        assert not drafter.rests
+        drafter.wish(1, 100)
         drafter.push(token)

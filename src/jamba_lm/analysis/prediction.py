@@ -12,7 +12,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -50,8 +50,8 @@ SAMPLE_VOCAB = 1024
 # A call with this many layers of a kind, less one with a single layer, is their cost.
 SAMPLE_LAYERS = 3
 SAMPLE_NEW_TOKENS = 12
-# Each sample is repeated at least so often, and for so long.
-FEWEST_REPEATS, SAMPLE_TIME = 5, 0.4
+# Samples take turns so often; each is then repeated at least so often, and for so long.
+ROUNDS, FEWEST_REPEATS, SAMPLE_TIME = 3, 2, 0.15
 # Values that matrices are filled with, over and over: drawing all of them would take seconds.
 TILE = 1 << 20
 # The share of the memory that the layers of one sample may take.
@@ -229,31 +229,55 @@ class Sampler:
             workload.prefill_tokens,
         )
         self.kinds = list(dict.fromkeys(kind_of(spec) for spec in plan_layers(config)))
-        self._known: dict[JambaConfig, Seconds] = {}
+        first = self.kinds[0]
+        self._one = sample_config(config, first, 1, SAMPLE_VOCAB)
+        self._many = sample_config(config, first, SAMPLE_LAYERS, SAMPLE_VOCAB)
+        self._whole = sample_config(config, first, 1, config.vocab_size)
+        self._two = {kind: sample_config(config, kind, 2, SAMPLE_VOCAB) for kind in self.kinds[1:]}
+        samples = dict.fromkeys([self._one, self._many, self._whole, *self._two.values()])
+        self._known = self._measure(list(samples))
 
     def layer_seconds(self) -> dict[Kind, Seconds]:
         """Return what one layer of each kind takes in the first call that reads or writes."""
-        first = self.kinds[0]
-        one, many = self._time(first, 1), self._time(first, SAMPLE_LAYERS)
-        layers = {first: many.minus(one).times(1 / (SAMPLE_LAYERS - 1))}
-        empty = one.minus(layers[first])
-        for kind in self.kinds[1:]:
-            layers[kind] = self._time(kind, 2).minus(empty).times(1 / 2)
+        known, layer = self._known, self._first_layer()
+        layers = {self.kinds[0]: layer}
+        empty = known[self._one].minus(layer)
+        for kind, config in self._two.items():
+            layers[kind] = known[config].minus(empty).times(1 / 2)
         return layers
 
     def seconds_beside_layers(self) -> Seconds:
         """Return what a call takes beside its layers: the head, and the call itself."""
-        first = self.kinds[0]
-        one, many = self._time(first, 1), self._time(first, SAMPLE_LAYERS)
-        whole = self._time(first, 1, vocab_size=self.config.vocab_size)
-        return whole.minus(many.minus(one).times(1 / (SAMPLE_LAYERS - 1)))
+        return self._known[self._whole].minus(self._first_layer())
 
-    def _time(self, kind: Kind, layers: int, vocab_size: int = SAMPLE_VOCAB) -> Seconds:
-        config = sample_config(self.config, kind, layers, vocab_size)
-        if config not in self._known:
-            model = sample_model(config, self.weights)
-            self._known[config] = self.measured(model, self.workload)
-        return self._known[config]
+    def _first_layer(self) -> Seconds:
+        more = self._known[self._many].minus(self._known[self._one])
+        return more.times(1 / (SAMPLE_LAYERS - 1))
+
+    def _measure(self, configs: Sequence[JambaConfig]) -> dict[JambaConfig, Seconds]:
+        """Time all samples, in turns where there is room for all of them.
+
+        What is wanted are differences: a machine that others slow down for some seconds must not
+        slow down one sample and leave the other.
+        """
+        needed = sum(weight_bytes(config, self.weights) for config in configs)
+        fits = needed <= MEMORY_SHARE * usable_memory()
+        groups = [configs] if fits else [[config] for config in configs]
+        found = [seconds for group in groups for seconds in self._take_turns(group)]
+        return dict(zip(configs, found, strict=True))
+
+    def _take_turns(self, configs: Sequence[JambaConfig]) -> list[Seconds]:
+        models = [sample_model(config, self.weights) for config in configs]
+        rounds = [[self.measured(one, self.workload) for one in models] for _ in range(ROUNDS)]
+        return [median_of(found) for found in zip(*rounds, strict=True)]
+
+
+def median_of(found: Sequence[Seconds]) -> Seconds:
+    """Return the median of each of both."""
+    return Seconds(
+        statistics.median(one.prefill for one in found),
+        statistics.median(one.decode for one in found),
+    )
 
 
 def sample_config(config: JambaConfig, kind: Kind, layers: int, vocab_size: int) -> JambaConfig:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from jamba_lm.cli.output import Output
@@ -117,7 +116,7 @@ class Answer:
             },
         }
         if self.drafting is not None:
-            values["drafting"] = asdict(self.drafting)
+            values["drafting"] = self.drafting._asdict()
         if any(token.logprob is not None for token in self.tokens):
             values["logprobs"] = [
                 {

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Sequence
-from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -78,7 +77,7 @@ def bench(
             "repeats": repeats,
         },
         **summary(workload, timings[1:]),
-        "drafting": None if timings[-1].drafting is None else asdict(timings[-1].drafting),
+        "drafting": None if timings[-1].drafting is None else timings[-1].drafting._asdict(),
         "memory": {
             "peak_bytes": peak_memory(),
             "weight_bytes": language_model.weight_bytes,

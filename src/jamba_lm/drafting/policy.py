@@ -39,13 +39,11 @@ class Wish(NamedTuple):
         chances: how likely the first, the first two, ... drafted tokens are all accepted.
         fixed: draft this many whatever it costs, as far as there are rows; None to let the
             measurements decide.
-        resting: nothing was looked up for this call.
     """
 
     unread: int
     chances: Sequence[float] = ()
     fixed: int | None = None
-    resting: bool = False
 
 
 class DraftPolicy:
@@ -55,7 +53,6 @@ class DraftPolicy:
         """Begin with nothing measured and a little credit."""
         self.times = CallTimes()
         self._credit_seconds: float | None = None
-        self._resting = False
 
     def choose(self, wishes: Sequence[Wish]) -> list[int]:
         """Return how many tokens each sequence should draft in a call that they share.
@@ -64,13 +61,6 @@ class DraftPolicy:
         second. What is rejected has to be read again, and counts as time.
         """
         plain = len(wishes)
-        for wish in wishes:
-            if not wish.resting:
-                self._resting = False
-                break
-        else:
-            self._resting = True
-            return [0] * plain
         rows = sum(wish.unread for wish in wishes)
         written = float(plain)
         counts = []
@@ -121,16 +111,12 @@ class DraftPolicy:
     def observe(self, rows: int, seconds: float, *, sequences: int, written: int) -> None:
         """Note what a call took, and how many tokens its sequences wrote.
 
-        A call for which nobody looked anything up is not noted: that would take as long as looking.
-
         Args:
             rows: rows of the call; as many as sequences when nothing was drafted or read again.
             seconds: the time it took.
             sequences: how many took part.
             written: tokens that they wrote, all together.
         """
-        if self._resting:
-            return
         self.times.observe(rows, seconds)
         usual = self.times.seconds(sequences)
         if self._credit_seconds is None:
