@@ -23,6 +23,7 @@ from jamba_lm.analysis.machine import peak_memory
 from jamba_lm.analysis.training_cost.activations import pass_activations
 from jamba_lm.analysis.training_cost.operations import flops_of, pass_operations
 from jamba_lm.analysis.training_cost.rank import Pass, Rank
+from jamba_lm.cli.output import Progress
 from jamba_lm.cli.quantities import show_bytes
 from jamba_lm.config import JambaConfig
 from jamba_lm.data import IGNORED
@@ -32,6 +33,7 @@ from jamba_lm.model.initialization import initialize
 from jamba_lm.parallel_layout import ParallelLayout
 from jamba_lm.training.loss import summed_losses
 from jamba_lm.training.pages import keep_freed_pages
+from jamba_lm.training.segments import Progress as Told
 from jamba_lm.training.segments import SegmentedPass
 
 CONFIG = JambaConfig(
@@ -69,13 +71,15 @@ def fresh() -> Decoder:
     return decoder
 
 
-def whole_gradient(decoder: Decoder, tokens: int, segment: int) -> float:
+def whole_gradient(
+    decoder: Decoder, tokens: int, segment: int, told: Told = lambda done, total: None
+) -> float:
     """Leave the gradient of the mean loss of a document in `decoder`; return the loss."""
     ids_M = document(tokens)
     targets_M = ids_M.roll(-1)
     targets_M[-1] = IGNORED
     assert decoder.head is not None
-    losses = SegmentedPass(decoder, segment).backward(
+    losses = SegmentedPass(decoder, segment, progress=told).backward(
         ids_M, targets_M, [tokens], weight_VD=decoder.head.weight, entropy_coef=1 / (tokens - 1)
     )
     return losses.entropy / (tokens - 1)
@@ -129,7 +133,13 @@ def main() -> None:
     sys.stdout.flush()
     decoder, before = fresh(), peak_memory()
     started, processor = time.perf_counter(), time.process_time()
-    loss = whole_gradient(decoder, options.tokens, options.segment)
+    with Progress("gradient", 0, "segments of layers") as line:
+        loss = whole_gradient(
+            decoder,
+            options.tokens,
+            options.segment,
+            lambda done, total: line.update(done, total=total),
+        )
     seconds, spent = time.perf_counter() - started, time.process_time() - processor
     peak = peak_memory()
     print(

@@ -92,7 +92,7 @@ def test_a_prefill_in_bfloat16_is_nearer_to_the_exact_than_the_modules(arm: str,
     assert ours <= modules, f"median error {ours:.2e} of the prefill, {modules:.2e} of the modules"
 
 
-@pytest.mark.parametrize("scheme", ["experts-int8", "int8", "int4"])
+@pytest.mark.parametrize("scheme", ["experts-int8", "int8", "experts-int4", "int4"])
 @pytest.mark.parametrize("path", FLOAT_PATHS)
 def test_a_prefill_of_a_quantised_model_says_what_its_modules_say(scheme: str, path: str):
     config = WIDE.replace(d_ff=192, num_experts=3, dt_rank=16)
@@ -140,7 +140,7 @@ def quantised_errors(
     return ours, modules_too
 
 
-@pytest.mark.parametrize("scheme", ["experts-int8", "int8", "int4"])
+@pytest.mark.parametrize("scheme", ["experts-int8", "int8", "experts-int4", "int4"])
 @pytest.mark.parametrize("path", PATHS)
 def test_a_quantised_prefill_in_bfloat16_is_no_further_off_than_the_modules(scheme: str, path: str):
     ours, modules = quantised_errors(scheme, path, lambda _: RowRounding.NONE)

@@ -111,7 +111,7 @@ def test_a_step_in_bfloat16_is_nearer_to_the_exact_than_the_modules(arm: str, pa
     assert step <= modules, f"median error {step:.2e} of the step, {modules:.2e} of the modules"
 
 
-@pytest.mark.parametrize("scheme", ["experts-int8", "int8", "int4"])
+@pytest.mark.parametrize("scheme", ["experts-int8", "int8", "experts-int4", "int4"])
 @pytest.mark.parametrize("path", PATHS)
 def test_a_step_of_a_quantised_model_says_what_its_modules_say(scheme: str, path: str):
     config = WIDE.replace(d_ff=192, num_experts=3, dt_rank=16)

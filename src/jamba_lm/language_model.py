@@ -261,7 +261,8 @@ def load(
             "fp32", "bf16", "fp16" or a torch dtype converts. Of a quantised model, it is the type
             of all else.
         backend: kernel back-end to use, by name; None takes the fastest that can.
-        quantize: pack the weights while they are read, by "experts-int8", "int8" or "int4".
+        quantize: pack the weights while they are read, by "experts-int8", "int8",
+            "experts-int4" or "int4".
         adapter: a folder in PEFT's format, whose changes are added to the weights; before they are
             packed, where `quantize` says so.
 

@@ -150,7 +150,7 @@ def test_smaller_formats_take_less():
     sizes = [weight_bytes(JambaConfig(), name) for name in WEIGHT_FORMATS]
     by_name = dict(zip(WEIGHT_FORMATS, sizes, strict=True))
     assert by_name["fp32"] > by_name["bf16"] == by_name["fp16"] > by_name["experts-int8"]
-    assert by_name["experts-int8"] > by_name["int8"] > by_name["int4"]
+    assert by_name["experts-int8"] > by_name["int8"] > by_name["experts-int4"] > by_name["int4"]
 
 
 def test_four_bits_cost_half_a_byte_and_two_numbers_per_group():

@@ -148,7 +148,7 @@ def test_a_sample_is_a_working_model_of_its_type(weights: str):
     assert packed == (weights not in ("fp32", "bf16"))
 
 
-@pytest.mark.parametrize("weights", ["int8", "experts-int8", "int4"])
+@pytest.mark.parametrize("weights", ["int8", "experts-int8", "experts-int4", "int4"])
 @pytest.mark.parametrize("kind", [("mamba", "moe"), ("attention", "mlp")])
 def test_a_sample_is_packed_as_a_model_is(weights: str, kind: tuple[str, str]):
     """To the rows that its products round, or it would be timed doing something else."""

@@ -62,7 +62,7 @@ def test_planning_and_inspecting_know_the_folder(plain, tmp_path, capsys):
     assert f"{load(out).weight_bytes:,} bytes" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("scheme", ["experts-int8", "int8", "int4", "int4-32"])
+@pytest.mark.parametrize("scheme", ["experts-int8", "int8", "experts-int4", "int4", "int4-32"])
 def test_a_model_can_be_packed_while_it_is_loaded(plain, scheme, capsys):
     command = ["bench", str(plain), "--prompt-tokens", "4", "--new-tokens", "2", "--repeats", "1"]
     assert main([*command, "--quantize", scheme, "--json"]) == 0

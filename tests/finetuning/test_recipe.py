@@ -60,7 +60,7 @@ def test_the_scale_is_that_of_the_papers(tmp_path):
         (["adapter.dropout=1.0"], "a number from 0 to 0.95"),
         (["adapter.targets=[]"], "at least one"),
         (["model.quantize=int4"], "packed weights cannot be trained"),
-        (["model.quantize=int5", "adapter.rank=2"], "'experts-int8' or 'int8' or 'int4'"),
+        (["model.quantize=int5", "adapter.rank=2"], "or 'int8' or 'experts-int4' or 'int4'"),
         (["data.answers=first"], "'all' or 'last'"),
         (["data.tokenizer=x"], "unknown key in"),
         (["adaptor.rank=2"], "did you mean 'adapter'"),

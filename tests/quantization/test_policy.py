@@ -51,6 +51,8 @@ def test_the_schemes_pack_what_they_say():
     assert kinds["experts-int8"] == {"experts": eight, "MLP": eight}
     assert set(kinds["int8"].values()) == {eight}
     assert set(kinds["int8"]) == set(kinds["int4"]) == set(kinds["int4-32"])
+    for label, group in (("experts-int4", 64), ("experts-int4-32", 32)):
+        assert kinds[label] == {**kinds["int8"], "experts": Packing("int4", group)}
     for label, group in (("int4", 64), ("int4-32", 32)):
         for matrices in ("experts", "MLP", "in_proj", "attention"):
             assert kinds[label][matrices] == Packing("int4", group)
@@ -112,9 +114,13 @@ def test_no_word_means_no_scheme():
 @pytest.mark.parametrize(
     ("name", "group", "message"),
     [
-        ("int5", None, "no quantisation scheme 'int5': expected one of experts-int8, int8, int4"),
+        (
+            "int5",
+            None,
+            "no quantisation scheme 'int5': expected one of experts-int8, int8, experts-int4",
+        ),
         ("int-8", None, "did you mean 'int8'"),
-        ("int8", 32, "a group of 32 was given with scheme 'int8'"),
+        ("int8", 32, "scheme 'int8': it goes with 4 bits alone, which experts-int4 and int4 have"),
         ("int4-32", 64, "a group of 64 was given with scheme 'int4-32'"),
         ("int4", 48, "the group is 48: expected one of 32, 64"),
         ("int4", -1, "the group is -1"),

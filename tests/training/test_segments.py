@@ -120,6 +120,16 @@ def test_any_cut_gives_the_loss_and_the_gradient_of_the_whole(arm: str, rows: in
     assert_same(found, expected, SEGMENTS["fp32"])
 
 
+def test_a_pass_of_hours_tells_how_far_it_is():
+    decoder, told = decoder_of(HYBRID), list[tuple[int, int]]()
+    ids_M, targets_M = text(decoder.config, 20)
+    pass_ = SegmentedPass(decoder, 6, progress=lambda *found: told.append(found))
+    pass_.backward(ids_M, targets_M, [20], weight_VD=output_weight(decoder), **COEFFICIENTS)
+    # Four segments through every layer, and back.
+    total = 2 * 4 * len(decoder.blocks)
+    assert told == [(done, total) for done in range(1, total + 1)]
+
+
 @settings(deadline=None, max_examples=8)
 @given(st.lists(st.integers(1, 25), min_size=1, max_size=4), st.integers(2, 40))
 def test_documents_may_lie_in_any_way(lengths: list[int], rows: int):

@@ -53,7 +53,7 @@ QuantizeOption = Annotated[
     str | None,
     typer.Option(
         metavar="SCHEME",
-        help="Pack the weights while they are read: experts-int8, int8 or int4. "
+        help="Pack the weights while they are read: experts-int8, int8, experts-int4 or int4. "
         "`jamba quantize` does it once for all.",
         show_default=False,
     ),

@@ -19,15 +19,16 @@ def quantize(
     scheme: Annotated[
         str,
         typer.Option(
-            help="experts-int8, int8 or int4; what each does is listed.", show_default=False
+            help="experts-int8, int8, experts-int4 or int4; what each does is listed.",
+            show_default=False,
         ),
     ],
     out: Annotated[Path, typer.Option(metavar="DIR", help="Folder to write.", show_default=False)],
     group: Annotated[
         int | None,
         typer.Option(
-            help="Inputs that share a scale in int4: 64, or 32 for 8 % more bytes and a fifth less "
-            "damage. 64 when left out.",
+            help="Inputs that share a scale in 4 bits: 64, or 32 for 8 % more bytes and a fifth "
+            "less damage. 64 when left out.",
             show_default=False,
         ),
     ] = None,
@@ -60,11 +61,12 @@ def quantize(
 ) -> None:
     """Write a copy of a model with its weights in 8 or 4 bits.
 
-    experts-int8: experts and MLP in 8 bits. int8: all large matrices in 8 bits. int4: large
-    matrices in 4 bits; embedding, head and x_proj in 8. The rest, and activations, keep their
-    type. With --calibrate what rounding to 4 bits does to the products of a text is made up for by
-    the weights not yet rounded (GPTQ). Memory: one matrix at a time, one layer with --calibrate.
-    Tokenizer and chat template come along. DIR appears when it is complete, or not at all.
+    experts-int8: experts and MLP in 8 bits. int8: all large matrices in 8 bits. experts-int4:
+    experts in 4 bits, all other large matrices in 8. int4: large matrices in 4 bits; embedding,
+    head and x_proj in 8. The rest, and activations, keep their type. With --calibrate what rounding
+    to 4 bits does to the products of a text is made up for by the weights not yet rounded (GPTQ).
+    Memory: one matrix at a time, one layer with --calibrate. Tokenizer and chat template come
+    along. DIR appears when it is complete, or not at all.
     """
     from jamba_lm.analysis.packing import packed_parts
     from jamba_lm.checkpoint.packed_writer import calibrate_folder, quantize_folder

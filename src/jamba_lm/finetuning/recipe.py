@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from jamba_lm.quantization.policy import SCHEMES
 from jamba_lm.training.recipe import (
     CHOICES,
     RANGES,
@@ -25,8 +26,8 @@ class BaseSection:
 
     Attributes:
         base: a checkpoint folder or a .gguf file, relative to the recipe file, or "demo".
-        quantize: pack the weights while they are read ("experts-int8", "int8", "int4"), and train
-            an adapter over them; "" leaves them as they are.
+        quantize: pack the weights while they are read, by one of `quantization.policy.SCHEMES`, and
+            train an adapter over them; "" leaves them as they are.
     """
 
     base: str
@@ -122,7 +123,7 @@ TUNING_RANGES: Mapping[str, tuple[float, float]] = {
 }
 TUNING_CHOICES: Mapping[str, tuple[str, ...]] = {
     **CHOICES,
-    "model.quantize": ("experts-int8", "int8", "int4"),
+    "model.quantize": tuple(SCHEMES),
     "data.answers": ("all", "last"),
     "data.bad_records": ("refused", "dropped"),
     "data.duplicates": ("dropped", "kept"),

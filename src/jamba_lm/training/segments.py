@@ -12,9 +12,9 @@ width, L = convolution taps - 1, C Mamba channels, N state size.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, count
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +26,8 @@ from jamba_lm.model.state import SequenceState
 from jamba_lm.training.balance import Selections, load_of, share_of_balance_loss
 from jamba_lm.training.layer_memory import memory_of
 from jamba_lm.training.loss import summed_losses
+
+Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,6 +102,7 @@ class SegmentedPass:
         *,
         truncated: bool = False,
         backend: str | None = None,
+        progress: Progress = lambda done, total: None,
     ) -> None:
         """Choose how passes are cut.
 
@@ -110,12 +113,14 @@ class SegmentedPass:
                 before as numbers: the gradient is that of each segment's own loss with respect to
                 the weights where this segment uses them.
             backend: kernel back-end by name, or None.
+            progress: told how many segments went through a layer, either way, and of how many.
         """
         assert segment_rows > 0
         self._decoder = decoder
         self._segment_rows = segment_rows
         self._truncated = truncated
         self._backend = backend
+        self._progress = progress
 
     def backward(
         self,
@@ -143,11 +148,16 @@ class SegmentedPass:
         segments = cut_rows(lengths, self._segment_rows)
         places = self._places(ids_M, segments)
         sums = _GradientSums(decoder)
+        total, steps = 2 * len(decoder.blocks) * len(segments), count(1)
+
+        def step() -> None:
+            self._progress(next(steps), total)
+
         with torch.no_grad():
             x_MD = decoder.embedding(ids_M)
             layers = []
             for number, block in enumerate(decoder.blocks):
-                layer = _Layer(block, number, segments, places)
+                layer = _Layer(block, number, segments, places, step)
                 layers.append(layer)
                 x_MD = layer.forward(x_MD, self._batches(segments, places))
         loads = [layer.load for layer in layers if layer.load is not None]
@@ -276,9 +286,11 @@ class _Layer:
         number: int,
         segments: Sequence[Segment],
         places: Sequence[SequenceState],
+        step: Callable[[], None],
     ) -> None:
         self._block = block
         self._segments = segments
+        self._step = step
         self.load: Tensor | None = None
         self._memory = memory_of(places[0].layers[number], segments[-1].end)
 
@@ -293,6 +305,7 @@ class _Layer:
             for routing in _decisions(batch):
                 load = load_of(routing)
                 self.load = load if self.load is None else self.load + load
+            self._step()
         return y_MD
 
     def backward(
@@ -326,6 +339,7 @@ class _Layer:
             slope_MD[rows_S] = x_SD.grad
             self._memory.take(one, leaves)
             sums.take(self._block)
+            self._step()
         # Nobody asks for this layer again.
         del self._x_MD, self._memory
         return balance
