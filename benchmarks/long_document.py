@@ -33,8 +33,7 @@ from jamba_lm.model.initialization import initialize
 from jamba_lm.parallel_layout import ParallelLayout
 from jamba_lm.training.loss import summed_losses
 from jamba_lm.training.pages import keep_freed_pages
-from jamba_lm.training.segments import Progress as Told
-from jamba_lm.training.segments import SegmentedPass
+from jamba_lm.training.segments import PassProgress, SegmentedPass, nobody
 
 CONFIG = JambaConfig(
     vocab_size=256,
@@ -72,15 +71,14 @@ def fresh() -> Decoder:
 
 
 def whole_gradient(
-    decoder: Decoder, tokens: int, segment: int, told: Told = lambda done, total: None
+    decoder: Decoder, tokens: int, segment: int, told: PassProgress = nobody
 ) -> float:
     """Leave the gradient of the mean loss of a document in `decoder`; return the loss."""
     ids_M = document(tokens)
     targets_M = ids_M.roll(-1)
     targets_M[-1] = IGNORED
-    assert decoder.head is not None
     losses = SegmentedPass(decoder, segment, progress=told).backward(
-        ids_M, targets_M, [tokens], weight_VD=decoder.head.weight, entropy_coef=1 / (tokens - 1)
+        ids_M, targets_M, [tokens], entropy_coef=1 / (tokens - 1)
     )
     return losses.entropy / (tokens - 1)
 

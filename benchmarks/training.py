@@ -42,10 +42,10 @@ from jamba_lm.model.batch import Batch
 from jamba_lm.model.decoder import Decoder
 from jamba_lm.training.loss import summed_cross_entropy
 from jamba_lm.training.optimizer import MasterAdamW
+from jamba_lm.training.output import output_weight
 from jamba_lm.training.pages import keep_freed_pages
 from jamba_lm.training.recipe import OptimizerSection
 from jamba_lm.training.utilization import training_flops
-from jamba_lm.training.validation import output_weight
 
 GATE_TOKENS = 32
 GATE_TOLERANCE = 1e-3

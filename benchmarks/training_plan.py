@@ -32,9 +32,9 @@ from jamba_lm.presets import preset
 from jamba_lm.training.loss import summed_losses
 from jamba_lm.training.operation_speed import MeasuredMachine
 from jamba_lm.training.optimizer import MasterAdamW, whole_norm
+from jamba_lm.training.output import output_weight
 from jamba_lm.training.pages import keep_freed_pages
 from jamba_lm.training.recipe import OptimizerSection
-from jamba_lm.training.validation import output_weight
 from jamba_lm.training.workers import Workers
 
 BASE = JambaConfig(

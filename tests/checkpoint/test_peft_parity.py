@@ -30,7 +30,7 @@ IDS = some_ids(19)
 MODULES = ["q_proj", "k_proj", "v_proj", "o_proj", "in_proj", "x_proj", "out_proj"]
 DENSE = ["gate_proj", "up_proj", "down_proj"]
 EXPERTS = ["feed_forward.experts.gate_up_proj", "feed_forward.experts.down_proj"]
-EVERYTHING = ["attention", "mamba", "mlp", "experts", "router", "embedding"]
+EVERYTHING = ["attention", "mamba", "mlp", "experts", "router", "embedding", "head"]
 
 
 @pytest.fixture(scope="module")
@@ -144,6 +144,7 @@ def test_an_adapter_that_peft_wrote_gives_the_same_logits(base, tmp_path, settin
         ["mlp", "experts.down_proj"],
         ["in_proj", "router"],
         ["embedding"],
+        ["head", "q_proj"],
     ],
     ids=" ".join,
 )

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 
+from jamba_lm.cli import output
 from jamba_lm.cli.main import main
+from tests.training.tiny_run import write_tiny_run
 
 
 def written_log(folder, steps=3):
@@ -52,3 +55,19 @@ def test_without_a_name_the_picture_lies_in_the_first_folder(capsys, tmp_path):
 def test_what_cannot_be_drawn_is_one_line(capsys, arguments):
     assert main(["train", *arguments]) == 2
     assert capsys.readouterr().err.startswith("error: ")
+
+
+def test_a_long_pass_says_how_far_it_is(capsys, monkeypatch, tmp_path):
+    """A step of one document may take an hour, in which no step's record comes."""
+    monkeypatch.setattr(output, "LOG_INTERVAL_SECONDS", 0.0)
+    recipe = write_tiny_run(tmp_path / "material")
+    changes = ["training.segment_tokens=40", "training.steps=3", "training.accumulate=2"]
+    options = [word for change in changes for word in ("--set", change)]
+    assert main(["train", str(recipe), "--out", str(tmp_path / "run"), *options]) == 0
+    said = capsys.readouterr().err.splitlines()
+    told = [re.match(r"a pass: (\d+) of (\d+) segments of layers", line) for line in said]
+    counts = [(int(one[1]), int(one[2])) for one in told if one]
+    totals = {total for _, total in counts}
+    assert len(totals) == 1
+    # The end of a pass takes its line away; both passes of each step have one of their own.
+    assert [done for done, _ in counts] == 3 * 2 * [*range(1, totals.pop())]

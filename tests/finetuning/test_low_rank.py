@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from jamba_lm.checkpoint.adapter import Adapter, LowRank, merge_into
+from jamba_lm.data import IGNORED
 from jamba_lm.errors import CheckpointError, InputError, RecipeError
 from jamba_lm.finetuning.linears import USUAL, chosen_places, known_targets, linear_places
 from jamba_lm.finetuning.low_rank import (
@@ -25,6 +27,8 @@ from jamba_lm.model.batch import Batch
 from jamba_lm.quantization.linear import PackedLinear
 from jamba_lm.quantization.policy import find_scheme
 from jamba_lm.quantization.rewrite import dequantize_decoder, quantize_decoder, use_backend
+from jamba_lm.training import loss
+from jamba_lm.training.output import losses_of
 from tests.arms import random_ids, shaken_model
 from tests.tiny_checkpoint import tiny_config
 from tests.tolerances import FINETUNING, assert_within
@@ -38,7 +42,7 @@ def adapted(scheme: str | None = None, dropout: float = 0.0) -> LanguageModel:
     if scheme is not None:
         quantize_decoder(model.decoder, find_scheme(scheme))
         dequantize_decoder(model.decoder, layers=False)
-    places = chosen_places(model.decoder, [*USUAL, "router", "embedding"])
+    places = chosen_places(model.decoder, [*USUAL, "router", "embedding", "head"])
     let_gradients_through(model.decoder)
     insert(model.decoder, places, rank=3, scale=0.7, dropout=dropout)
     draw_values(model.decoder, seed=1)
@@ -93,6 +97,29 @@ def test_a_gradient_goes_through_packed_matrices_as_through_plain_ones(scheme, b
             assert_within(found, parameter.grad, FINETUNING[f"through packed, {backend}"], name)
 
 
+@pytest.mark.parametrize("scheme", [None, "int8"])
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_the_loss_behind_an_adapted_head_is_that_of_its_logits(monkeypatch, scheme, dropout):
+    """Logits are made in pieces, and of two products: never as a whole, as they are here."""
+    monkeypatch.setattr(loss, "CHUNK_ROWS", 5)
+    in_pieces, whole = adapted(scheme, dropout), adapted(scheme, dropout)
+    targets_M = torch.tensor([*IDS[1:], IGNORED])
+    for model in (in_pieces, whole):
+        name_pass(model.decoder, 3, seed=1)
+    found = losses_of(in_pieces.decoder, hidden(in_pieces), targets_M)
+    logits_MV = whole.decoder(torch.tensor(IDS), Batch.of([len(IDS)]))
+    expected = F.cross_entropy(logits_MV, targets_M, ignore_index=IGNORED, reduction="sum")
+    for total in (found.total, expected):
+        total.backward()
+    assert_within(found.total, expected, FINETUNING["merged"])
+    for path in ("head.lora_A", "head.lora_B", "blocks.0.mixer.in_proj.lora_B"):
+        one, other = (m.decoder.get_parameter(f"{path}.weight").grad for m in (in_pieces, whole))
+        assert one is not None
+        assert other is not None
+        assert float(other.abs().max()) > 0, path
+        assert_within(one, other, FINETUNING["merged"], path)
+
+
 def test_only_adapters_are_trained_and_every_one_of_them():
     model = adapted()
     trained = {name for name, p in model.decoder.named_parameters() if p.requires_grad}
@@ -135,14 +162,15 @@ def test_every_target_means_some_module_of_a_model_that_has_all_kinds(target):
 def test_the_usual_targets_leave_routers_and_the_embedding_out():
     decoder = shaken_model(tiny_config()).decoder
     left = set(linear_places(decoder)) - set(chosen_places(decoder, []))
-    assert {one.kind for one in left} == {"router", "embedding"}
+    assert {one.kind for one in left} == {"router", "embedding", "head"}
 
 
-def test_an_embedding_that_is_the_head_takes_no_adapter():
+@pytest.mark.parametrize("target", ["embedding", "head"])
+def test_an_embedding_that_is_the_head_takes_no_adapter(target):
     decoder = shaken_model(tiny_config().replace(tie_embeddings=True)).decoder
     assert {one.kind for one in linear_places(decoder)} == {*USUAL, "router"}
-    with pytest.raises(RecipeError, match="one matrix for embedding and head"):
-        chosen_places(decoder, ["embedding"])
+    with pytest.raises(RecipeError, match=f"names '{target}', .* one matrix for embedding and"):
+        chosen_places(decoder, [target])
 
 
 def test_a_change_that_is_not_finite_is_refused():

@@ -13,7 +13,7 @@ from jamba_lm.finetuning.examples import Example
 from jamba_lm.finetuning.packing import ExampleStream, batches_in_order, pack_examples
 from jamba_lm.model.batch import Batch
 from jamba_lm.training.loss import summed_cross_entropy
-from jamba_lm.training.validation import output_weight
+from jamba_lm.training.output import output_weight
 from tests.arms import shaken_model
 from tests.tiny_checkpoint import tiny_config
 from tests.tolerances import FINETUNING, assert_within

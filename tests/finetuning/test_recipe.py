@@ -64,6 +64,8 @@ def test_the_scale_is_that_of_the_papers(tmp_path):
         (["data.answers=first"], "'all' or 'last'"),
         (["data.tokenizer=x"], "unknown key in"),
         (["adaptor.rank=2"], "did you mean 'adapter'"),
+        (["adapter.dropout=0.1", "training.segment_tokens=64"], "drop inputs the second time"),
+        (["training.recompute_layers=true", "training.segment_tokens=64"], "run again already"),
     ],
     ids=str,
 )

@@ -15,7 +15,7 @@ from jamba_lm.errors import CheckpointError, DataError, InputError, RecipeError
 from jamba_lm.finetuning import tuning
 from jamba_lm.finetuning.recipe_file import load_tuning_recipe
 from tests.finetuning.tiny_tuning import write_jsonl, write_tiny_tuning
-from tests.tolerances import FINETUNING, assert_within
+from tests.tolerances import FINETUNING, SEGMENTS, assert_within
 
 IDS = [1, 40, 41, 42, 90, 91, 92, 17]
 
@@ -123,6 +123,27 @@ def test_workers_and_layers_computed_again_change_nothing(recipe_path, tmp_path)
     finally:
         torch.set_num_threads(threads)
     assert adapter_bytes(tmp_path / "other") == adapter_bytes(tmp_path / "plain")
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        ['adapter.targets=["mamba"]'],
+        ['adapter.targets=["embedding", "head", "experts"]', "training.accumulate=2"],
+        ["model.quantize=int8"],
+        ["adapter=none"],
+    ],
+    ids=" ".join,
+)
+def test_passes_in_segments_learn_the_same(tmp_path, changes):
+    """What no layer learns anything in is frozen, and gets no gradient there either."""
+    path = write_tiny_tuning(tmp_path, adapter=changes != ["adapter=none"])
+    changes = [one for one in changes if one != "adapter=none"]
+    run(path, tmp_path / "plain", changes)
+    run(path, tmp_path / "cut", [*changes, "training.segment_tokens=20"])
+    found, expected = losses(tmp_path / "cut"), losses(tmp_path / "plain")
+    assert found == pytest.approx(expected, rel=SEGMENTS["run"])
+    assert found[-1] < found[0] - 0.1
 
 
 def test_a_full_run_does_not_go_on_as_an_adapter(tmp_path, recipe_path):

@@ -23,9 +23,9 @@ from jamba_lm.model.state import SequenceState
 from jamba_lm.training import loop
 from jamba_lm.training.learner import Learner
 from jamba_lm.training.loss import summed_losses
+from jamba_lm.training.output import output_weight
 from jamba_lm.training.recipe_file import load_recipe
 from jamba_lm.training.segments import SegmentedLosses, SegmentedPass, cut_rows
-from jamba_lm.training.validation import output_weight
 from tests.tolerances import SEGMENTS, assert_within
 from tests.training.tiny_run import log_of, write_tiny_run
 
@@ -89,9 +89,7 @@ def segmented(
 ) -> tuple[SegmentedLosses, float, dict[str, Tensor]]:
     """Return the losses, their weighted sum and its gradients, a segment at a time."""
     ids_M, targets_M = text(decoder.config, sum(lengths))
-    losses = SegmentedPass(decoder, rows, **how).backward(
-        ids_M, targets_M, lengths, weight_VD=output_weight(decoder), **COEFFICIENTS
-    )
+    losses = SegmentedPass(decoder, rows, **how).backward(ids_M, targets_M, lengths, **COEFFICIENTS)
     loss = COEFFICIENTS["entropy_coef"] * (losses.entropy + COEFFICIENTS["z_coef"] * losses.squares)
     return losses, loss + COEFFICIENTS["balance_coef"] * losses.balance, taken(decoder)
 
@@ -124,7 +122,7 @@ def test_a_pass_of_hours_tells_how_far_it_is():
     decoder, told = decoder_of(HYBRID), list[tuple[int, int]]()
     ids_M, targets_M = text(decoder.config, 20)
     pass_ = SegmentedPass(decoder, 6, progress=lambda *found: told.append(found))
-    pass_.backward(ids_M, targets_M, [20], weight_VD=output_weight(decoder), **COEFFICIENTS)
+    pass_.backward(ids_M, targets_M, [20], **COEFFICIENTS)
     # Four segments through every layer, and back.
     total = 2 * 4 * len(decoder.blocks)
     assert told == [(done, total) for done in range(1, total + 1)]

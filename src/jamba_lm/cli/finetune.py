@@ -92,6 +92,7 @@ def finetune(
             resume=mode,
             backend=backend,
             report=shown.report,
+            pass_progress=shown.pass_progress,
             peak_flops=product_speed(DTYPES[resolved.training.dtype]),
         )
     progress, validation = outcome.progress, outcome.validation

@@ -140,6 +140,7 @@ def _carry_out(
             resume=mode,
             backend=backend,
             report=shown.report,
+            pass_progress=shown.pass_progress,
             peak_flops=peak,
             processes=processes,
         )

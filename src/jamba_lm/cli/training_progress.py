@@ -16,6 +16,7 @@ class TrainingProgress:
         self._output = output
         self._steps = steps
         self._line: Progress | None = None
+        self._pass: Progress | None = None
         self._first = 0
         self._rate = 0.0
 
@@ -28,8 +29,20 @@ class TrainingProgress:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        if self._line is not None:
-            self._line.clear()
+        for line in (self._line, self._pass):
+            if line is not None:
+                line.clear()
+
+    def pass_progress(self, done: int, total: int) -> None:
+        """Show how far a pass in segments is: it may take hours, of which the log says nothing."""
+        if self._pass is None:
+            # Both lines are written to one place of a terminal.
+            if self._line is not None:
+                self._line.clear()
+            self._pass = self._output.progress("a pass", total, "segments of layers")
+        self._pass.update(done)
+        if done == total:
+            self._pass = None
 
     def report(self, record: Mapping[str, Any]) -> None:
         """Show one record."""

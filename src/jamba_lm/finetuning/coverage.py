@@ -16,11 +16,9 @@ from jamba_lm.data import PackedBatch
 from jamba_lm.errors import RecipeError
 from jamba_lm.finetuning.linears import LEAVES
 from jamba_lm.finetuning.low_rank import LowRankModule, adapters
-from jamba_lm.model.batch import Batch
 from jamba_lm.model.decoder import Decoder
 from jamba_lm.quantization.linear import PackedEmbedding, PackedLinear
-from jamba_lm.training.loss import summed_cross_entropy
-from jamba_lm.training.validation import output_weight
+from jamba_lm.training.segments import SegmentedPass
 
 OTHERS = "norms, convolutions, decays, biases"
 # What is left of a gradient that should be zero, against the largest of all adapters: sums of
@@ -117,13 +115,21 @@ class Tried:
     unreached: Sequence[str]
 
 
-def try_gradients(decoder: Decoder, packed: PackedBatch, backend: str | None = None) -> Tried:
+def try_gradients(
+    decoder: Decoder, packed: PackedBatch, segment_rows: int, backend: str | None = None
+) -> Tried:
     """Take one pass and see that every adapter gets a gradient, in both of its factors.
 
     An expert that none of the rows was sent to, or only rows on which nothing depends that is
     learned, gets none this time; but some expert of its layer must. lora_B, which is zero at the
     start and would hide the gradient of lora_A, holds something else meanwhile. Nothing is changed
     in the end but the values of the adapters, which are to be drawn.
+
+    Args:
+        decoder: has adapters.
+        packed: rows to read.
+        segment_rows: how many of them are read at a time.
+        backend: kernel back-end by name, or None.
 
     Raises:
         RecipeError: an adapter gets none.
@@ -132,11 +138,9 @@ def try_gradients(decoder: Decoder, packed: PackedBatch, backend: str | None = N
     for _, module in adapters(decoder):
         for factor in (module.lora_A.weight, module.lora_B.weight):
             factor.data = (0.02 * torch.randn(factor.shape, generator=draw)).to(factor.dtype)
-    batch = Batch.of(packed.lengths, backend=backend)
-    hidden_MD = decoder(packed.ids_M, batch, hidden=True)
-    loss = summed_cross_entropy(hidden_MD, output_weight(decoder), packed.targets_M)
-    if loss.requires_grad:
-        (loss / packed.num_targets).backward()
+    SegmentedPass(decoder, segment_rows, backend=backend).backward(
+        packed.ids_M, packed.targets_M, packed.lengths, entropy_coef=1 / packed.num_targets
+    )
     largest = {
         path: min(_largest(one.weight.grad) for one in (module.lora_A, module.lora_B))
         for path, module in adapters(decoder)

@@ -21,19 +21,20 @@ LEAVES = {
     "experts": ("gate_proj", "up_proj", "down_proj"),
     "router": ("router",),
     "embedding": ("embedding",),
+    "head": ("head",),
 }
-# Trained when asked for only: a router that moves changes which expert learned what, and new values
-# of the embedding are those of the few tokens that were read.
+# The others are trained when asked for only: a router that moves changes which expert learned what,
+# and new values of embedding and head are for the few tokens that were read.
 USUAL = ("attention", "mamba", "mlp", "experts")
 
 
 @dataclass(frozen=True, slots=True)
 class LinearPlace:
-    """One linear module inside a layer, or the embedding: linear in which token it is.
+    """One linear module: inside a layer, the head, or the embedding, linear in which token it is.
 
     Attributes:
         path: its name in the decoder.
-        layer: which layer it is in; None for the embedding.
+        layer: which layer it is in; None for embedding and head.
         kind: one of `LEAVES`.
         leaf: the last part of its name.
         outputs: of its matrix.
@@ -63,11 +64,11 @@ class LinearPlace:
 
 
 def linear_places(decoder: Decoder) -> list[LinearPlace]:
-    """List the matrices that may have an adapter, in order: an embedding that is no head, too."""
+    """List the matrices that may have an adapter; embedding and head when they are two."""
     places = []
-    if not decoder.config.tie_embeddings:
-        outputs, inputs = decoder.embedding.weight.shape
-        places.append(LinearPlace("embedding", None, "embedding", "embedding", outputs, inputs))
+    if decoder.head is not None:
+        for name, module in (("embedding", decoder.embedding), ("head", decoder.head)):
+            places.append(LinearPlace(name, None, name, name, *module.weight.shape))
     for path, module in decoder.named_modules():
         if not path.startswith("blocks.") or not isinstance(module, nn.Linear | PackedLinear):
             continue
@@ -103,9 +104,9 @@ def chosen_places(decoder: Decoder, targets: Sequence[str]) -> list[LinearPlace]
     """
     places = linear_places(decoder)
     for target in targets:
-        if target == "embedding" and decoder.config.tie_embeddings:
+        if target in ("embedding", "head") and decoder.head is None:
             raise RecipeError(
-                "adapter.targets names 'embedding', and this model uses one matrix for embedding "
+                f"adapter.targets names {target!r}, and this model uses one matrix for embedding "
                 "and head: an adapter would change the one and not the other; leave it out, or "
                 "train all weights (no [adapter] section)"
             )

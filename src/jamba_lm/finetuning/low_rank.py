@@ -20,6 +20,7 @@ from jamba_lm.finetuning.linears import LinearPlace
 from jamba_lm.kernels import ops
 from jamba_lm.model.decoder import Decoder
 from jamba_lm.quantization.linear import PackedLinear
+from jamba_lm.training.loss import Product
 
 
 class LowRankModule(nn.Module):
@@ -62,15 +63,28 @@ class LowRankLinear(LowRankModule):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return a tensor (..., O) in the dtype of `x`, which is (..., I)."""
-        seen = x
+        return torch.add(self.base(x), self.lora_B(self._down(x)), alpha=self.scale)
+
+    def _down(self, x: Tensor) -> Tensor:
         if self.dropout and torch.is_grad_enabled():
-            seen = x * self._kept(x)
-        return torch.add(self.base(x), self.lora_B(self.lora_A(seen)), alpha=self.scale)
+            x = x * self._kept(x)
+        down: Tensor = self.lora_A(x)
+        return down
 
     def _kept(self, x: Tensor) -> Tensor:
         draw = torch.Generator().manual_seed(self.draw)
         kept = torch.rand(x.shape, generator=draw) >= self.dropout
         return kept.to(x.dtype).div_(1.0 - self.dropout).to(x.device)
+
+
+class LowRankHead(LowRankLinear):
+    """A head with a change. See `training.output.SummedHead`: losses make logits in pieces."""
+
+    def products(self, hidden_MD: Tensor) -> list[Product]:
+        """Return the two products whose sum is `forward`."""
+        own_VD: Tensor = self.base.get_parameter("weight")
+        down_MR = self.scale * self._down(hidden_MD)
+        return [Product(hidden_MD, own_VD), Product(down_MR, self.lora_B.weight)]
 
 
 class LowRankEmbedding(LowRankModule):
@@ -88,6 +102,9 @@ class LowRankEmbedding(LowRankModule):
         """Take first values, float32, as peft draws them: lora_A is normal."""
         super().draw_values(draw)
         self.lora_A.weight.data.normal_(generator=draw)
+
+
+KINDS: dict[str, type[LowRankModule]] = {"embedding": LowRankEmbedding, "head": LowRankHead}
 
 
 class ThroughPacked(nn.Module):
@@ -136,8 +153,9 @@ def insert(
     decoder.requires_grad_(False)
     for place in places:
         base = decoder.get_submodule(place.path)
-        kind = LowRankEmbedding if isinstance(base, nn.Embedding) else LowRankLinear
-        adapted = kind(base, place.inputs, place.outputs, rank=rank, scale=scale, dropout=dropout)
+        adapted = KINDS.get(place.kind, LowRankLinear)(
+            base, place.inputs, place.outputs, rank=rank, scale=scale, dropout=dropout
+        )
         _replace(decoder, place.path, adapted)
 
 

@@ -66,8 +66,9 @@ class AdapterSection:
         alpha: what a change is multiplied by, before it is divided by the rank.
         rslora: divide by the square root of the rank instead.
         dropout: share of an adapter's inputs that a pass leaves out.
-        targets: which linear modules: "attention", "mamba", "mlp", "experts", "router", the name of
-            a projection ("in_proj"), or both ("experts.down_proj"). All but routers when left out.
+        targets: which linear modules: "attention", "mamba", "mlp", "experts", "router",
+            "embedding", "head", the name of a projection ("in_proj"), or both
+            ("experts.down_proj"). When left out, those of `linears.USUAL`.
     """
 
     rank: int = 8

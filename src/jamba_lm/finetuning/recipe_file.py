@@ -97,3 +97,8 @@ def _check_together(recipe: TuningRecipe) -> None:
             'adapter.dropout and loss.balance_over = "step" are both given: experts are counted '
             "in a pass of its own, which would drop other inputs; leave one of them out"
         )
+    if adapter is not None and adapter.dropout and recipe.training.segment_tokens:
+        raise RecipeError(
+            "adapter.dropout and training.segment_tokens are both given: every segment runs "
+            "forward twice, and would drop inputs the second time only; leave one of them out"
+        )

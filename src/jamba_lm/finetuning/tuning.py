@@ -40,6 +40,7 @@ from jamba_lm.text.tokenizer import Tokenizer, load_tokenizer
 from jamba_lm.text.tokenizer_copy import copy_tokenizer_files
 from jamba_lm.training.loop import Outcome, Report, Resume, train
 from jamba_lm.training.optimizer import MasterAdamW
+from jamba_lm.training.segments import PassProgress, nobody
 from jamba_lm.training.task import Start
 
 logger = logging.getLogger(__name__)
@@ -200,7 +201,8 @@ class Tuning:
         decoder.to(DTYPES[recipe.training.dtype])
         name_pass(decoder, 0, recipe.training.seed)
         first = text.open_stream(None).next()
-        tried = try_gradients(decoder, first, backend)
+        rows = recipe.training.segment_tokens or recipe.training.batch_tokens
+        tried = try_gradients(decoder, first, rows, backend)
         # Drawn last, and in float32: master weights are taken from them.
         draw_values(decoder, recipe.training.seed)
         return tried
@@ -245,6 +247,7 @@ def finetune(
     resume: Resume = "never",
     backend: str | None = None,
     report: Report = lambda record: None,
+    pass_progress: PassProgress = nobody,
     peak_flops: float | None = None,
 ) -> Outcome:
     """Carry out `recipe` in `folder`, from the start or from the newest checkpoint there.
@@ -260,5 +263,6 @@ def finetune(
         resume=resume,
         backend=backend,
         report=report,
+        pass_progress=pass_progress,
         peak_flops=peak_flops,
     )

@@ -27,6 +27,7 @@ from jamba_lm.training.passes import Pass, Passes, Share
 from jamba_lm.training.pretraining import fresh_start
 from jamba_lm.training.recipe import Recipe, RunRecipe
 from jamba_lm.training.run_folder import machine_record
+from jamba_lm.training.segments import PassProgress, nobody
 from jamba_lm.training.spikes import is_spike, remembered
 from jamba_lm.training.task import Start, Stream
 from jamba_lm.training.together import ALONE, Together
@@ -82,6 +83,7 @@ class Learner:
         cache: Path,
         together: Together = ALONE,
         start: Start | None = None,
+        progress: PassProgress = nobody,
     ) -> None:
         """Read the data and make the model that training starts from.
 
@@ -91,6 +93,7 @@ class Learner:
             cache: folder to keep tokenized text in.
             together: the processes that share the work.
             start: what to start from; None takes fresh weights, and the text that the recipe names.
+            progress: told how far a pass in segments is.
 
         Raises:
             RecipeError: the tokenizer has more tokens than the model.
@@ -109,7 +112,7 @@ class Learner:
         self._model = make_model(recipe, together, start.decoder)
         self.decoder, self.optimizer = self._model.decoder, self._model.optimizer
         self._workers = self._model.workers
-        self._passes = Passes(recipe, self._model, together, start.before_pass, backend)
+        self._passes = Passes(recipe, self._model, together, start.before_pass, backend, progress)
 
     def _open_stream(self) -> Stream:
         return self._text.open_stream(

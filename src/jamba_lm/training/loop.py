@@ -31,6 +31,7 @@ from jamba_lm.training.recipe import SECTIONS, Recipe, RunRecipe
 from jamba_lm.training.recipe_record import check_continuation, to_toml
 from jamba_lm.training.run_folder import RunLog, only_run_in, write_record
 from jamba_lm.training.saving import SharedSaver, SoloSaver
+from jamba_lm.training.segments import PassProgress, nobody
 from jamba_lm.training.task import Task
 from jamba_lm.training.tensorboard_log import TensorBoardLog
 from jamba_lm.training.together import Together
@@ -70,6 +71,7 @@ def train(
     resume: Resume = "never",
     backend: str | None = None,
     report: Report = lambda record: None,
+    pass_progress: PassProgress = nobody,
     peak_flops: float | None = None,
     processes: Processes | None = None,
 ) -> Outcome:
@@ -87,6 +89,7 @@ def train(
         resume: "never" refuses a folder that holds a run, "always" one that holds none.
         backend: kernel back-end by name; None takes the fastest that can.
         report: told of every record of the log.
+        pass_progress: told how far a pass in segments is, which may take hours.
         peak_flops: of this machine's matrix products, a second; steps are then logged with the
             share of it that the model's own products come to.
         processes: those that carry it out together, each with a call of its own; None is this
@@ -116,7 +119,8 @@ def train(
         )
         # The first process tokenizes, the others then find what it has kept.
         start = processes.leader_first(lambda: task.start(folder))
-        learner = Learner(recipe, backend, folder, Together(processes, recipe.parallel), start)
+        together = Together(processes, recipe.parallel)
+        learner = Learner(recipe, backend, folder, together, start, pass_progress)
         if saved:
             processes.all_or_none(lambda: learner.restore(saved))
         log = processes.all_or_none(lambda: _open_log(stack, recipe, folder, learner, processes))
@@ -140,10 +144,10 @@ def _check(recipe: RunRecipe, backend: str | None, processes: Processes) -> None
         raise RecipeError(
             f"fine-tuning runs in one process, not in {processes.count}: start it without torchrun"
         )
-    if recipe.training.segment_tokens and (processes.spread or not isinstance(recipe, Recipe)):
+    if recipe.training.segment_tokens and processes.spread:
         raise RecipeError(
-            f"training.segment_tokens is {recipe.training.segment_tokens:,}, but only a run from "
-            "fresh weights in one process reads its passes in segments: leave it out"
+            f"training.segment_tokens is {recipe.training.segment_tokens:,}, but only a run in one "
+            "process reads its passes in segments: leave it out"
         )
     if workers > 1 and processes.spread:
         raise RecipeError(

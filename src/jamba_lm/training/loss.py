@@ -2,14 +2,15 @@
 
 Knows hidden states, output weights and targets; nothing of models and data.
 
-M rows, D model width, V vocabulary, or the part of it that is held here.
+M rows, D model width, K inputs of any product, V vocabulary, or the part of it that is held here.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from itertools import chain
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -47,6 +48,18 @@ class VocabularyPart:
 WHOLE = VocabularyPart()
 
 
+class Product(NamedTuple):
+    """A summand of the logits: states weight^T.
+
+    Attributes:
+        states_MK: made from the hidden states.
+        weight_VK: what turns them into logits.
+    """
+
+    states_MK: Tensor
+    weight_VK: Tensor
+
+
 @dataclass(frozen=True, slots=True)
 class SummedLosses:
     """Sums over the rows that predict something, float32 scalars.
@@ -76,6 +89,7 @@ def summed_losses(
     targets_M: Tensor,
     z_coef: float = 0.0,
     part: VocabularyPart = WHOLE,
+    more: Sequence[Product] = (),
 ) -> SummedLosses:
     """Return the summed cross entropy of softmax(hidden weight^T), and the z-loss beside it.
 
@@ -90,18 +104,21 @@ def summed_losses(
             prompts, no logits are made for these.
         z_coef: of the squares, which keep the softmax's normaliser near one.
         part: of the vocabulary, when `weight_VD` is not all of it.
+        more: what is added to hidden weight^T, as an adapter beside the output weights does.
 
     Returns:
-        `total` is differentiable in `hidden_MD` and `weight_VD`; with a part, the gradient of the
-        states is this part's share of it.
+        `total` is differentiable in `hidden_MD`, `weight_VD` and `more`; with a part, the gradient
+        of the states is this part's share of it.
 
     Source: z-loss: PaLM (arXiv 2204.02311), §5.
     """
     counted = targets_M != IGNORED
+    products = [Product(hidden_MD, weight_VD), *more]
     if 2 * int(counted.sum()) < len(targets_M):
-        hidden_MD, targets_M = hidden_MD[counted], targets_M[counted]
-    apply = _SummedLosses.apply
-    sums = apply(hidden_MD, weight_VD, targets_M, z_coef, part)  # type: ignore[no-untyped-call]
+        products = [Product(states[counted], weight) for states, weight in products]
+        targets_M = targets_M[counted]
+    apply, tensors = _SummedLosses.apply, chain.from_iterable(products)
+    sums = apply(targets_M, z_coef, part, *tensors)  # type: ignore[no-untyped-call]
     return SummedLosses(*sums)
 
 
@@ -109,58 +126,83 @@ class _SummedLosses(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        hidden_MD: Tensor,
-        weight_VD: Tensor,
         targets_M: Tensor,
         z_coef: float,
         part: VocabularyPart,
+        *tensors: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        wanted, weight_wanted = any(ctx.needs_input_grad[:2]), ctx.needs_input_grad[1]
-        entropy = hidden_MD.new_zeros((), dtype=torch.float32)
-        squares = hidden_MD.new_zeros((), dtype=torch.float32)
-        if wanted:
-            hidden_gradient_MD = torch.empty_like(hidden_MD)
-            # A frozen output matrix needs none, and saves a third of the products here.
-            num_rows = len(weight_VD) if weight_wanted else 0
-            weight_gradient_VD = torch.zeros(
-                num_rows, weight_VD.shape[1], dtype=torch.float32, device=weight_VD.device
-            )
-        last_column = len(weight_VD) - 1
+        products = [Product(*pair) for pair in zip(tensors[::2], tensors[1::2], strict=True)]
+        entropy = targets_M.new_zeros((), dtype=torch.float32)
+        squares = targets_M.new_zeros((), dtype=torch.float32)
+        sums = _Gradients(products, ctx.needs_input_grad[3:])
+        last_column = len(products[0].weight_VK) - 1
         for first in range(0, len(targets_M), CHUNK_ROWS):
             rows = slice(first, first + CHUNK_ROWS)
             counted_M = (targets_M[rows] != IGNORED).float()
             column_M = targets_M[rows] - part.first
             here_M = ((column_M >= 0) & (column_M <= last_column)).float()
-            scores_MV = hidden_MD[rows] @ weight_VD.T
+            scores_MV = _logits(products, rows)
             target_M = scores_MV.gather(1, column_M.clamp(0, last_column)[:, None])[:, 0].float()
             largest_M, sum_M, target_M = part.join(*ops.softmax_sums(scores_MV), here_M * target_M)
             z_M = sum_M.log() + largest_M
             entropy += (counted_M * (z_M - target_M)).sum()
             squares += (counted_M * z_M.square()).sum()
-            if wanted:
+            if sums.wanted:
                 # d entropy / d logits = softmax - one_hot(target), and d z^2 = 2 z softmax
                 share_M = counted_M / sum_M
                 if z_coef:
                     share_M *= 1.0 + 2.0 * z_coef * z_M
-                slope_MV = ops.softmax_slopes_(scores_MV, largest_M, share_M, column_M)
-                hidden_gradient_MD[rows] = slope_MV @ weight_VD
-                if weight_wanted:
-                    weight_gradient_VD += slope_MV.T @ hidden_MD[rows]
-        if wanted:
-            ctx.save_for_backward(hidden_gradient_MD, weight_gradient_VD)
-            ctx.weight_dtype = weight_VD.dtype
+                sums.add(ops.softmax_slopes_(scores_MV, largest_M, share_M, column_M), rows)
+        ctx.save_for_backward(*sums.found)
+        ctx.dtypes = [one.dtype for one in tensors]
         ctx.mark_non_differentiable(entropy, squares)
         # A tensor of its own: what is returned twice would be one output.
         return entropy + z_coef * squares, entropy, squares
 
     @staticmethod
     def backward(ctx: Any, *slopes: Tensor) -> tuple[Tensor | None, ...]:
-        hidden_gradient_MD, weight_gradient_VD = ctx.saved_tensors
-        slope = slopes[0]
-        return (
-            hidden_gradient_MD * slope.to(hidden_gradient_MD.dtype),
-            (weight_gradient_VD * slope).to(ctx.weight_dtype) if ctx.needs_input_grad[1] else None,
-            None,
-            None,
-            None,
-        )
+        found = [
+            None if one is None else (one * slopes[0].to(one.dtype)).to(dtype)
+            for one, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
+        ]
+        return None, None, None, *found
+
+
+def _logits(products: Sequence[Product], rows: slice) -> Tensor:
+    first, *others = products
+    scores_MV = first.states_MK[rows] @ first.weight_VK.T
+    for states_MK, weight_VK in others:
+        scores_MV.addmm_(states_MK[rows], weight_VK.T)
+    return scores_MV
+
+
+class _Gradients:
+    """The gradients of products, collected a chunk of rows at a time; only those that are wanted.
+
+    A frozen output matrix needs none, and saves a third of the arithmetic.
+
+    Attributes:
+        wanted: whether any is.
+        found: those of states and weight of each product in turn; None where not wanted.
+    """
+
+    def __init__(self, products: Sequence[Product], wanted: Sequence[bool]) -> None:
+        self.wanted = any(wanted)
+        self._products = products
+        self.found: list[Tensor | None] = []
+        for (states_MK, weight_VK), of_states, of_weight in zip(
+            products, wanted[::2], wanted[1::2], strict=True
+        ):
+            self.found.append(torch.empty_like(states_MK) if of_states else None)
+            # Summed over chunks, so in float32 whatever the weights are.
+            total_VK = torch.zeros_like(weight_VK, dtype=torch.float32) if of_weight else None
+            self.found.append(total_VK)
+
+    def add(self, slope_MV: Tensor, rows: slice) -> None:
+        """Add what the gradient of some rows' logits says."""
+        for number, (states_MK, weight_VK) in enumerate(self._products):
+            of_states_MK, of_weight_VK = self.found[2 * number : 2 * number + 2]
+            if of_states_MK is not None:
+                of_states_MK[rows] = slope_MV @ weight_VK
+            if of_weight_VK is not None:
+                of_weight_VK += slope_MV.T @ states_MK[rows]

@@ -18,10 +18,9 @@ from jamba_lm.training.activation_loss import ActivationLoss
 from jamba_lm.training.balance import Selections, count_selections, share_of_balance_loss
 from jamba_lm.training.recipe import RunRecipe
 from jamba_lm.training.recompute import recompute_layers
-from jamba_lm.training.segments import SegmentedPass
+from jamba_lm.training.segments import PassProgress, SegmentedPass, nobody
 from jamba_lm.training.together import Together
 from jamba_lm.training.trained_model import Rows, TrainedModel
-from jamba_lm.training.validation import output_weight
 from jamba_lm.training.watching import Maxima, loads, watched
 
 
@@ -61,6 +60,7 @@ class Passes:
         together: Together,
         before_pass: Callable[[Decoder, int], None] | None,
         backend: str | None,
+        progress: PassProgress = nobody,
     ) -> None:
         """Make the model's copies ready.
 
@@ -70,7 +70,9 @@ class Passes:
             together: the processes that share the work.
             before_pass: see `task.Start`.
             backend: kernel back-end by name, or None.
+            progress: told how far a pass in segments is; of several at one time, the first.
         """
+        self._progress = progress
         self._recipe = recipe
         self._model = model
         self._together = together
@@ -91,7 +93,8 @@ class Passes:
         if self._before_pass is not None:
             self._before_pass(decoder, number)
         if self._recipe.training.segment_tokens:
-            return self._backward_in_segments(decoder, rows, share, watch)
+            progress = self._progress if worker == 0 else nobody
+            return self._backward_in_segments(decoder, rows, share, watch, progress)
         recipe, maxima = self._recipe, Maxima()
         activation = self._activation[worker] if self._activation else None
         rows_share = len(rows.ids_M) / share.num_rows
@@ -132,7 +135,7 @@ class Passes:
         )
 
     def _backward_in_segments(
-        self, decoder: Decoder, rows: Rows, share: Share, watch: bool
+        self, decoder: Decoder, rows: Rows, share: Share, watch: bool, progress: PassProgress
     ) -> Pass:
         """Do the same a segment of rows at a time."""
         recipe, maxima = self._recipe, Maxima()
@@ -141,6 +144,7 @@ class Passes:
             recipe.training.segment_tokens,
             truncated=recipe.training.across_segments == "truncated",
             backend=self._backend,
+            progress=progress,
         )
         with ExitStack() as stack:
             if watch:
@@ -149,7 +153,6 @@ class Passes:
                 rows.ids_M,
                 rows.targets_M,
                 rows.batch.lengths,
-                weight_VD=output_weight(decoder),
                 entropy_coef=1 / share.num_targets,
                 z_coef=recipe.loss.z_coef,
                 balance_coef=decoder.config.aux_loss_coef / share.num_passes,

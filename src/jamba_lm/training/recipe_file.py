@@ -195,7 +195,7 @@ def _check_text(data: DataSection) -> None:
 _DATA_KINDS = {"train": "tuple", "validation": "tuple", "tokenizer": "str"}
 
 
-def _check_segments(recipe: Recipe) -> None:
+def _check_segments(recipe: RunRecipe) -> None:
     """Refuse what has no effect with passes in segments, or is not computed with them."""
     training, loss = recipe.training, recipe.loss
     if not training.segment_tokens:
@@ -223,7 +223,6 @@ def _check_segments(recipe: Recipe) -> None:
 
 def _check_together(recipe: Recipe) -> None:
     _check_text(recipe.data)
-    _check_segments(recipe)
     check_run(recipe, recipe.data.sequence_tokens)
 
 
@@ -238,6 +237,7 @@ def check_run(recipe: RunRecipe, sequence_tokens: int) -> None:
         RecipeError: values that contradict one another.
     """
     training, schedule = recipe.training, recipe.schedule
+    _check_segments(recipe)
     if training.workers > training.accumulate:
         raise RecipeError(
             f"training.workers is {training.workers} and training.accumulate "

@@ -6,8 +6,8 @@ computed again, layer by layer from the last and segment by segment from the rig
 gradients of states, keys and values go to the segment before. Knows decoders and losses, and
 nothing of optimizers and data.
 
-M rows of the pass, S rows of a segment, D model width, V vocabulary, G key/value heads, P head
-width, L = convolution taps - 1, C Mamba channels, N state size.
+M rows of the pass, S rows of a segment, D model width, G key/value heads, P head width,
+L = convolution taps - 1, C Mamba channels, N state size.
 """
 
 from __future__ import annotations
@@ -25,9 +25,14 @@ from jamba_lm.model.routing import Routing
 from jamba_lm.model.state import SequenceState
 from jamba_lm.training.balance import Selections, load_of, share_of_balance_loss
 from jamba_lm.training.layer_memory import memory_of
-from jamba_lm.training.loss import summed_losses
+from jamba_lm.training.output import losses_of
 
-Progress = Callable[[int, int], None]
+PassProgress = Callable[[int, int], None]
+"""Told how many segments went through a layer, either way, and of how many."""
+
+
+def nobody(done: int, total: int) -> None:
+    """Take the place of a `PassProgress` where nobody waits."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,7 +107,7 @@ class SegmentedPass:
         *,
         truncated: bool = False,
         backend: str | None = None,
-        progress: Progress = lambda done, total: None,
+        progress: PassProgress = nobody,
     ) -> None:
         """Choose how passes are cut.
 
@@ -113,7 +118,7 @@ class SegmentedPass:
                 before as numbers: the gradient is that of each segment's own loss with respect to
                 the weights where this segment uses them.
             backend: kernel back-end by name, or None.
-            progress: told how many segments went through a layer, either way, and of how many.
+            progress: told how far a pass is.
         """
         assert segment_rows > 0
         self._decoder = decoder
@@ -128,7 +133,6 @@ class SegmentedPass:
         targets_M: Tensor,
         lengths: Sequence[int],
         *,
-        weight_VD: Tensor,
         entropy_coef: float,
         z_coef: float = 0.0,
         balance_coef: float = 0.0,
@@ -139,7 +143,6 @@ class SegmentedPass:
             ids_M: the sequences, end to end.
             targets_M: what each row predicts; `data.IGNORED` for nothing.
             lengths: rows of each sequence.
-            weight_VD: turns hidden states into logits: the head's, or the embedding's.
             entropy_coef: of the summed cross entropy.
             z_coef: of the squares beside it.
             balance_coef: of the balance loss.
@@ -167,7 +170,7 @@ class SegmentedPass:
             rows = len(ids_M) * len(loads)
             selections = Selections(torch.stack(loads).sum(0), rows)
         entropy, squares, slope_MD = self._ends(
-            x_MD, targets_M, segments, weight_VD, entropy_coef, z_coef, sums
+            x_MD, targets_M, segments, entropy_coef, z_coef, sums
         )
         balance = 0.0
         for layer in reversed(layers):
@@ -175,7 +178,7 @@ class SegmentedPass:
             balance += layer.backward(
                 slope_MD, batches, sums, selections, balance_coef, self._truncated
             )
-        for one in segments:
+        for one in segments if _is_trained(decoder.embedding) else ():
             rows_S = slice(one.first, one.end)
             decoder.embedding(ids_M[rows_S]).backward(slope_MD[rows_S])
             sums.take(decoder.embedding)
@@ -187,7 +190,6 @@ class SegmentedPass:
         x_MD: Tensor,
         targets_M: Tensor,
         segments: Sequence[Segment],
-        weight_VD: Tensor,
         entropy_coef: float,
         z_coef: float,
         sums: _GradientSums,
@@ -200,9 +202,8 @@ class SegmentedPass:
             rows_S = slice(one.first, one.end)
             x_SD = x_MD[rows_S].detach().requires_grad_()
             batch = Batch.of([one.end - one.first], backend=self._backend)
-            found = summed_losses(
-                decoder.final_norm(x_SD, batch), weight_VD, targets_M[rows_S], z_coef
-            )
+            hidden_SD = decoder.final_norm(x_SD, batch)
+            found = losses_of(decoder, hidden_SD, targets_M[rows_S], z_coef)
             (found.total * entropy_coef).backward()
             assert x_SD.grad is not None
             slope_MD[rows_S] = x_SD.grad
@@ -216,7 +217,7 @@ class SegmentedPass:
 
         Only rotary positions ask for it: layers are handed their memory apart.
         """
-        config, dtype = self._decoder.config, self._decoder.embedding.weight.dtype
+        config, dtype = self._decoder.config, self._decoder.final_norm.weight.dtype
         places = []
         place = SequenceState(config, dtype, str)
         for one in segments:
@@ -230,7 +231,7 @@ class SegmentedPass:
         return places
 
     def _batches(self, segments: Sequence[Segment], places: Sequence[SequenceState]) -> list[Batch]:
-        config, dtype = self._decoder.config, self._decoder.embedding.weight.dtype
+        config, dtype = self._decoder.config, self._decoder.final_norm.weight.dtype
         return [
             Batch.of(
                 one.lengths,
@@ -343,6 +344,10 @@ class _Layer:
         # Nobody asks for this layer again.
         del self._x_MD, self._memory
         return balance
+
+
+def _is_trained(module: nn.Module) -> bool:
+    return any(parameter.requires_grad for parameter in module.parameters())
 
 
 def _decisions(batch: Batch) -> Sequence[Routing]:

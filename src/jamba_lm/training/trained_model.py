@@ -19,11 +19,11 @@ from jamba_lm.model.batch import Batch
 from jamba_lm.model.decoder import Decoder
 from jamba_lm.model.initialization import initialize
 from jamba_lm.model.routing import Routing, RoutingLog
-from jamba_lm.training.loss import SummedLosses, summed_losses
+from jamba_lm.training.loss import SummedLosses
 from jamba_lm.training.optimizer import MasterAdamW
+from jamba_lm.training.output import losses_of
 from jamba_lm.training.recipe import RunRecipe
 from jamba_lm.training.together import Together
-from jamba_lm.training.validation import output_weight
 from jamba_lm.training.workers import Workers
 
 if TYPE_CHECKING:
@@ -93,7 +93,7 @@ class TrainedModel:
         """Return the losses of rows from what `decoder`, one of the workers', made of them."""
         if self.sharded is not None and self.sharded.parallel is not None:
             return self.sharded.parallel.losses(hidden, rows.targets_M, z_coef)
-        return summed_losses(hidden, output_weight(decoder), rows.targets_M, z_coef)
+        return losses_of(decoder, hidden, rows.targets_M, z_coef)
 
     def announce_pass(self, *, last: bool) -> None:
         """Say whether the next pass is the last one of its step."""

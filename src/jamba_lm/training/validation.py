@@ -13,7 +13,6 @@ from itertools import islice
 import torch
 
 from jamba_lm.data import PackedBatch
-from jamba_lm.model.decoder import Decoder
 from jamba_lm.training.together import ALONE, Together
 
 Predict = Callable[[Sequence[PackedBatch]], list[tuple[float, int]]]
@@ -79,8 +78,3 @@ def _shares(
     """
     while turn := list(islice(batches, readers)):
         yield (turn[reader], True) if reader < len(turn) else (turn[0], False)
-
-
-def output_weight(decoder: Decoder) -> torch.Tensor:
-    """Return the weights [V, D] that turn hidden states into logits."""
-    return decoder.embedding.weight if decoder.head is None else decoder.head.weight

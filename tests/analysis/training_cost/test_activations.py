@@ -18,8 +18,8 @@ from jamba_lm.model.decoder import Decoder
 from jamba_lm.model.initialization import initialize
 from jamba_lm.parallel_layout import ParallelLayout
 from jamba_lm.training import loss
+from jamba_lm.training.output import output_weight
 from jamba_lm.training.recompute import recompute_layers
-from jamba_lm.training.validation import output_weight
 
 BASE = JambaConfig(
     vocab_size=256,

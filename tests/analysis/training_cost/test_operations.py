@@ -26,8 +26,8 @@ from jamba_lm.model.decoder import Decoder
 from jamba_lm.model.initialization import initialize
 from jamba_lm.parallel_layout import ParallelLayout
 from jamba_lm.training.loss import summed_cross_entropy
+from jamba_lm.training.output import output_weight
 from jamba_lm.training.utilization import product_weights
-from jamba_lm.training.validation import output_weight
 from tests.config_strategies import configs
 
 SMALL = JambaConfig(

@@ -31,11 +31,11 @@ from jamba_lm.training import loss
 from jamba_lm.training.activation_loss import ActivationLoss
 from jamba_lm.training.balance import count_selections, share_of_balance_loss
 from jamba_lm.training.loss import summed_losses
+from jamba_lm.training.output import output_weight
 from jamba_lm.training.parallel import vocabulary
 from jamba_lm.training.parallel.decoder import Parallelized, parallelize
 from jamba_lm.training.parallel.meshes import process_mesh
 from jamba_lm.training.recompute import recompute_layers
-from jamba_lm.training.validation import output_weight
 from tests.arms import ARMS, SMALL, shaken_model
 from tests.test_shapes import shapes_are_as_named
 

@@ -7,8 +7,8 @@ import torch
 from jamba_lm.model.batch import Batch
 from jamba_lm.model.decoder import Decoder
 from jamba_lm.parallel_layout import ParallelLayout
+from jamba_lm.training.output import output_weight
 from jamba_lm.training.sharding import ShardedDecoder
-from jamba_lm.training.validation import output_weight
 from tests.arms import SMALL
 
 

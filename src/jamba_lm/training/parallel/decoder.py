@@ -28,6 +28,7 @@ from jamba_lm.model.routing import Routing
 from jamba_lm.parallel_layout import ParallelLayout
 from jamba_lm.training.balance import Selections
 from jamba_lm.training.loss import SummedLosses
+from jamba_lm.training.output import output_weight
 from jamba_lm.training.parallel.collectives import Group, add_up, cut_evenly
 from jamba_lm.training.parallel.feed_forward import Experts, ParallelMLP, ParallelMoE
 from jamba_lm.training.parallel.meshes import expert_process_mesh
@@ -37,7 +38,6 @@ from jamba_lm.training.parallel.placement import Placement, placement_of
 from jamba_lm.training.parallel.region import Region
 from jamba_lm.training.parallel.row_cut import ContextBatch, RowCut
 from jamba_lm.training.parallel.vocabulary import ParallelEmbedding, losses_in_parts
-from jamba_lm.training.validation import output_weight
 
 DATA_AXES = ("replicate", "shard", "context")
 EXPERT_DATA_AXES = ("replicate", "expert_shard")
