@@ -197,11 +197,8 @@ def test_a_run_goes_on_on_other_meshes(recipe, server, alone, tmp_path):
         [one for one in log_of(folder) if one["event"] in ("step", "watch")]
         for folder in (run, alone)
     )
+    assert [one["step"] for one in ours if "maxima" in one] == [4, 8]
     for one, other in zip(ours, theirs, strict=True):
-        for layer, places in one.get("maxima", {}).items():
-            # Mixers that processes share say nothing of what is inside them.
-            assert {"mixer", "feed_forward", "residual"} <= places.keys()
-            other["maxima"][layer] = {place: other["maxima"][layer][place] for place in places}
         assert_close(one, other)
 
 

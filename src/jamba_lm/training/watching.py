@@ -21,6 +21,22 @@ from jamba_lm.training.together import Together
 Maxima = dict[str, dict[str, float]]
 
 
+class Taps(nn.ModuleDict):
+    """What passes through a mixer that does not call its projections, by the name of the place.
+
+    `watched` looks here, where there is one, and not at the projections.
+    """
+
+    def __init__(self) -> None:
+        super().__init__({place: nn.Identity() for place in ("in_proj", "x_proj", "dt_proj")})
+        self["gated"] = nn.Identity()
+
+    def see(self, place: str, x: Tensor) -> Tensor:
+        """Let `x` through."""
+        seen: Tensor = self[place](x)
+        return seen
+
+
 @contextmanager
 def watched(decoder: Decoder) -> Iterator[Maxima]:
     """Record the largest absolute values inside each layer of the passes meanwhile.
@@ -43,7 +59,10 @@ def watched(decoder: Decoder) -> Iterator[Maxima]:
     for number, block in enumerate(decoder.blocks):
         layer = found[f"blocks.{number}"] = {}
         mixer = block.get_submodule("mixer")
-        if isinstance(mixer, MambaMixer):
+        if isinstance(taps := getattr(mixer, "taps", None), Taps):
+            for place, tap in taps.items():
+                output_of(tap, layer, place)
+        elif isinstance(mixer, MambaMixer):
             for place in ("in_proj", "x_proj", "dt_proj"):
                 output_of(mixer.get_submodule(place), layer, place)
             hooks.append(

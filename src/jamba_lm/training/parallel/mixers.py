@@ -26,6 +26,7 @@ from jamba_lm.training.parallel.collectives import Group, copied, summed
 from jamba_lm.training.parallel.neighbours import continued_scan, inputs_before, rows_before
 from jamba_lm.training.parallel.region import Region, local
 from jamba_lm.training.parallel.row_cut import ContextBatch, RowCut
+from jamba_lm.training.watching import Taps
 
 
 def cut_of(batch: Batch) -> RowCut | None:
@@ -121,6 +122,7 @@ class ParallelMamba(MambaMixer):
         self.dt_bias_C, self.log_decay_CN = mixer.dt_bias_C, mixer.log_decay_CN
         self.skip_C = mixer.skip_C
         self.region, self.context = region, context
+        self.taps = Taps()
 
     def forward(self, x: Tensor, batch: Batch, state: Sequence[MambaState] | None) -> Tensor:
         """Mix the rows of each document, continuing from the process on the left."""
@@ -147,7 +149,7 @@ class ParallelMamba(MambaMixer):
         )
         # A sum over channels: the small product that all processes must have whole.
         chosen = summed(F.linear(u_MC, local(self.x_proj.weight)), region.group)
-        dt_MR, B_MN, C_MN = chosen.split(self.split_sizes, dim=-1)
+        dt_MR, B_MN, C_MN = self.taps.see("x_proj", chosen).split(self.split_sizes, dim=-1)
         # Normalised alike everywhere, then used by each process's own channels.
         dt_MR, B_MN, C_MN = (
             self.dt_norm(dt_MR, batch),
@@ -159,7 +161,7 @@ class ParallelMamba(MambaMixer):
             dt_MR, B_MN, C_MN = together.split(self.split_sizes, dim=-1)
         y_MC = continued_scan(
             u_MC,
-            F.linear(dt_MR, local(self.dt_proj.weight)),
+            self.taps.see("dt_proj", F.linear(dt_MR, local(self.dt_proj.weight))),
             local(self.dt_bias_C),
             -local(self.log_decay_CN).exp(),
             B_MN,
@@ -169,10 +171,10 @@ class ParallelMamba(MambaMixer):
             cut,
             self.context,
         )
-        y_MC = ops.silu_gate(y_MC, gate_MC, backend=batch.backend)
+        y_MC = self.taps.see("gated", ops.silu_gate(y_MC, gate_MC, backend=batch.backend))
         y = region.leave(F.linear(y_MC, local(self.out_proj.weight)))
         return y if self.out_proj.bias is None else y + region.outside(self.out_proj.bias)
 
-    @staticmethod
-    def _projected(x_MD: Tensor, half: nn.Linear) -> Tensor:
-        return F.linear(x_MD, local(half.weight), None if half.bias is None else local(half.bias))
+    def _projected(self, x_MD: Tensor, half: nn.Linear) -> Tensor:
+        bias_C = None if half.bias is None else local(half.bias)
+        return self.taps.see("in_proj", F.linear(x_MD, local(half.weight), bias_C))
