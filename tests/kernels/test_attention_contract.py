@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import pytest
@@ -86,9 +87,18 @@ def test_values_are_those_of_the_textbook(runner: str, case: Case, dtype: str):
         start += tokens
 
 
+@pytest.fixture(params=[1, 7], ids="{} threads".format)
+def threads(request: pytest.FixtureRequest) -> Iterator[int]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
+
+
 @pytest.mark.parametrize("case", CASES, ids=str)
 @pytest.mark.parametrize("runner", RUNNERS)
-def test_gradients_are_those_of_the_definition(runner: str, case: Case):
+def test_gradients_are_those_of_the_definition(runner: str, case: Case, threads: int):
+    """However many threads there are keys for, also where they do not come out even."""
     q, keys, values, offsets = draw(case, "fp32")
     slope = torch.randn(q.shape)
 
