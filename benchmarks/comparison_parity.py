@@ -12,7 +12,7 @@ from typing import Any
 
 from benchmarks import engine_client, llama_cpp, packed_parity, parity_gate
 from benchmarks.checkpoints import truth_type
-from benchmarks.comparison_run import LLAMA_TYPES, PEER_TYPE, Run, place_of
+from benchmarks.comparison_run import LLAMA_TYPES, Run, peer_type, place_of
 from benchmarks.engine_client import Worker, worker
 from benchmarks.our_model import open_model, packed_folder
 from jamba_lm.presets import preset
@@ -115,7 +115,7 @@ def answers(
     def ask_worker(engine: str) -> Answer:
         with worker(*place_of(engine, folder, weights), run.threads) as asked:
             greedy = asked.ask("greedy", ids=ids, tokens=GREEDY_TOKENS)["ids"]
-            kind = weights if engine == "jamba" else PEER_TYPE[weights]
+            kind = weights if engine == "jamba" else peer_type(weights)
             return kind, asked.logits(ids, place), greedy
 
     def ask_llama(llama: llama_cpp.LlamaCpp, kind: str) -> Answer:

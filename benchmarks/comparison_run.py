@@ -8,15 +8,19 @@ from pathlib import Path
 
 from benchmarks import llama_cpp
 from benchmarks.calibration import Peaks
-from benchmarks.our_model import packed_folder
+from benchmarks.our_model import FLOATS, packed_folder
 from benchmarks.timing import Stopwatch
 
-TYPES = ("fp32", "bf16", "int8", "int4")
 ENGINES = ("jamba", "transformers", "llama.cpp")
 # What llama.cpp keeps the same weights in: the types that a user would choose between.
-LLAMA_TYPES = {"fp32": ["F32"], "bf16": ["BF16", "F16"], "int8": ["Q8_0"], "int4": ["Q4_K_M"]}
-# transformers has no quantised Jamba for a CPU: its fastest type stands beside ours.
-PEER_TYPE = {"fp32": "fp32", "bf16": "bf16", "int8": "bf16", "int4": "bf16"}
+LLAMA_TYPES = {
+    "fp32": ["F32"],
+    "bf16": ["BF16", "F16"],
+    "int8": ["Q8_0"],
+    "experts-int4": ["Q4_K_M"],
+    "int4": ["Q4_K_M"],
+}
+TYPES = tuple(LLAMA_TYPES)
 
 
 @dataclass(slots=True)
@@ -42,4 +46,9 @@ def place_of(engine: str, folder: Path, weights: str) -> tuple[str, Path, str]:
     """Return how a worker is started: the engine, the folder it reads and the type it uses."""
     if engine == "jamba":
         return engine, packed_folder(folder, weights), weights
-    return engine, folder, PEER_TYPE[weights]
+    return engine, folder, peer_type(weights)
+
+
+def peer_type(weights: str) -> str:
+    """Return what transformers computes in: it has no quantised Jamba, and bf16 is its fastest."""
+    return weights if weights in FLOATS else "bf16"

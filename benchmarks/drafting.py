@@ -2,15 +2,16 @@
 
     python -m benchmarks.drafting [--model FOLDER] [--dtype bf16] [--out FILE]
 
-What a model writes is its own affair: a small one may not quote though it is asked to. So beside
-each speed stands the share of drafts that were accepted, and the two speeds are of the same text,
-unless the last column says otherwise. The time is that of writing, from the first token to the
-last; the prompt is read before.
+What a model writes is its own affair: a small one may not quote though it is asked to. So there are
+several texts of each kind, beside each speed stands the share of drafts that were accepted, and the
+two speeds are of the same text, unless the last column says otherwise. The time is that of writing,
+from the first token to the last; the prompt is read before.
 """
 
 from __future__ import annotations
 
 import argparse
+import statistics
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -32,7 +33,15 @@ from jamba_lm.text.documents import read_documents
 from jamba_lm.text.tokenizer import Tokenizer
 
 SAMPLE = ROOT / "tests" / "data" / "held_out.jsonl"
-CODE = ROOT / "src" / "jamba_lm" / "model" / "mamba.py"
+SOURCE = ROOT / "src" / "jamba_lm"
+# Files of which a piece is written again, and what is renamed in it.
+EDITS = {
+    "model/mamba.py": ("channels", "width"),
+    "model/attention.py": ("d_head", "head_size"),
+    "model/moe.py": ("experts", "parts"),
+    "text/tokenizer.py": ("tokenizer", "words"),
+}
+PASSAGES, FREE_TEXTS = 8, 4
 PASSAGE_CHARACTERS, BEGINNING_CHARACTERS = 1200, 60
 PATIENCE = Patience(wanted=5, most=40, seconds=120.0)
 GREEDY, FREE = Sampling(), Sampling(temperature=0.8, top_p=0.95, seed=1)
@@ -43,31 +52,40 @@ class Task:
     """Something to write.
 
     Attributes:
-        name: what it is, for the table.
+        kind: what it is, for the table.
+        number: which of its kind, from 1.
         prompt: what comes before.
         sampling: how the tokens are picked.
     """
 
-    name: str
+    kind: str
+    number: int
     prompt: str
     sampling: Sampling
 
+    @property
+    def name(self) -> str:
+        """What a line of the table is called."""
+        return f"{self.kind} {self.number}"
+
 
 def tasks() -> list[Task]:
-    """List what is written: a passage quoted, code with one name changed, and text of its own."""
-    texts = [text for text in read_documents(SAMPLE) if len(text) > 3 * PASSAGE_CHARACTERS]
-    passage = texts[0][:PASSAGE_CHARACTERS]
-    code = CODE.read_text(encoding="utf-8").split("class ")[1][:PASSAGE_CHARACTERS]
-    edited = code.replace("channels", "width")
-    return [
-        Task("a passage quoted", again(passage, passage), GREEDY),
-        Task("a passage quoted, sampled", again(passage, passage), FREE),
-        Task("code, one name changed", again(code, edited), GREEDY),
-        *(
-            Task(f"free text {number}", text[:BEGINNING_CHARACTERS], FREE)
-            for number, text in enumerate(texts[1:4], start=1)
-        ),
-    ]
+    """List what is written: passages quoted, code with one name changed, and text of its own."""
+    texts = [text for text in read_documents(SAMPLE) if len(text) > PASSAGE_CHARACTERS]
+    chosen = texts[:: len(texts) // (PASSAGES + FREE_TEXTS)]
+    found = []
+    for number, text in enumerate(chosen[:PASSAGES], start=1):
+        passage = text[:PASSAGE_CHARACTERS]
+        found.append(Task("passage quoted", number, again(passage, passage), GREEDY))
+    for number, (name, (before, after)) in enumerate(EDITS.items(), start=1):
+        code = (SOURCE / name).read_text(encoding="utf-8").split("\nclass ")[1]
+        code = code[:PASSAGE_CHARACTERS]
+        assert before in code, f"{name} begins without {before!r}: there is nothing to rename"
+        edited = code.replace(before, after)
+        found.append(Task("code, one name changed", number, again(code, edited), GREEDY))
+    for number, text in enumerate(chosen[PASSAGES:][:FREE_TEXTS], start=1):
+        found.append(Task("free text", number, text[:BEGINNING_CHARACTERS], FREE))
+    return found
 
 
 def again(text: str, beginning: str) -> str:
@@ -134,6 +152,7 @@ def row(
     ratio = paired(without, with_drafts)
     return {
         "task": task.name,
+        "kind": task.kind,
         "plain_tokens_per_second": (len(plain.ids) - 1) / without.seconds,
         "drafted_tokens_per_second": (len(drafted.ids) - 1) / with_drafts.seconds,
         "ratio": ratio.median,
@@ -166,6 +185,18 @@ def table(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def summary(result: dict[str, Any]) -> list[str]:
+    """Say of each kind of text what the median of its ratios is, and how they are spread."""
+    kinds: dict[str, list[float]] = {}
+    for one in result["tasks"]:
+        kinds.setdefault(one["kind"], []).append(one["ratio"])
+    return [
+        f"{kind}: {statistics.median(ratios):.2f}, from {min(ratios):.2f} to {max(ratios):.2f} "
+        f"in {len(ratios)} texts"
+        for kind, ratios in kinds.items()
+    ]
+
+
 def main() -> None:
     """Print a table and, with --out, write the JSON record."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
@@ -185,6 +216,7 @@ def main() -> None:
     patience = Patience(options.samples, PATIENCE.most, options.seconds)
     result = measure(model, tokenizer, options.new_tokens, options.threads, patience)
     print(table(result))
+    print("", *summary(result), sep="\n")
     print(f"\n{result['dtype']}, {result['hardware']}")
     for one in result["tasks"]:
         for problem in one["problems"]:

@@ -25,7 +25,7 @@ from jamba_lm.quantization.rewrite import PlainWeights
 # The largest root mean square error of a matrix, as a share of its root mean square. A row of
 # thousands of normal values reaches to four or five of their deviations and has 127 steps on each
 # side of zero; 32 to 64 of them reach to about two and a half and have 16 steps in all.
-WEIGHT_BOUNDS = {"int8": 0.012, "int4": 0.12}
+WEIGHT_BOUNDS = {"int8": 0.012, "experts-int4": 0.12, "int4": 0.12}
 
 
 def unpacked_kind(weights: str) -> str:

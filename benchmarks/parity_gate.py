@@ -22,9 +22,11 @@ BOUNDS: Mapping[str, float] = {
     "bf16": 0.10,
     # What packed weights stand for, in bfloat16; `packed_parity` says what of the weights.
     "int8, the same weights": 0.10,
+    "experts-int4, the same weights": 0.10,
     "int4, the same weights": 0.10,
     # The same as it is used, with rows rounded to 8 bits where a processor multiplies such numbers.
     "int8, as used": 0.10,
+    "experts-int4, as used": 0.10,
     "int4, as used": 0.10,
     # llama.cpp rounds activations to the type of the weights, or to 8 bits.
     "F32": 2e-3,
