@@ -1,4 +1,4 @@
-"""Models by name: the released ones, the embedded demonstration, and the benchmark shapes.
+"""Models by name: the released ones, some to train, and the benchmark shapes.
 
 Only shapes, and where the weights of the embedded one are; others come from elsewhere.
 """
@@ -57,6 +57,16 @@ PRESETS: Mapping[str, JambaConfig] = MappingProxyType(
             num_experts=16,
             tie_embeddings=True,
         ),
+        # Two blocks of eight layers: 104 million parameters, 57 million of them active.
+        "100m": _SMALL.replace(
+            d_model=512, d_ff=640, num_layers=16, num_heads=8, num_experts=8, tie_embeddings=True
+        ),
+        # The paper gives numbers of parameters for its ablations, and no shapes. Attention is in
+        # layers 4, 12 and 20 of the smaller one, where the paper shows heads.
+        "ablation-1.3b": _MINI.replace(
+            d_model=2048, d_ff=3072, num_layers=24, num_heads=16, num_kv_heads=4, num_experts=1
+        ),
+        "ablation-7b": _MINI.replace(d_ff=8704, num_experts=1),
         # Shapes to measure with, not models to use.
         "tiny": _SMALL,
         "mid": _SMALL.replace(

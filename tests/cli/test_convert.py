@@ -6,9 +6,13 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
+from transformers import AutoModelForCausalLM
 
 from jamba_lm.cli.main import main
+from jamba_lm.language_model import load
 from tests.tiny_checkpoint import write_tiny_checkpoint
+from tests.tolerances import ORACLE, assert_within
 
 
 @pytest.fixture(scope="module")
@@ -33,10 +37,58 @@ def test_both_directions_say_what_was_written(model, tmp_path, capsys):
     assert any("F16" in note for note in values["notes"])
 
 
+@pytest.mark.parametrize("scheme", ["int8", "int4"])
+def test_a_quantised_folder_becomes_one_that_others_read(model, tmp_path, capsys, scheme):
+    packed, plain = str(tmp_path / "packed"), str(tmp_path / "plain")
+    assert main(["quantize", str(model), "--scheme", scheme, "--out", packed]) == 0
+    capsys.readouterr()
+    assert main(["convert", packed, plain, "--dtype", "fp32", "--json"]) == 0
+    values = json.loads(capsys.readouterr().out)
+    assert values["notes"] == ["the folder is quantised: written is what its matrices stand for"]
+    assert set(values["values_by_type"]) == {"float32"}
+    assert main(["convert", packed, f"{plain}.gguf", "--type", "f32", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["notes"][-1:] == values["notes"]
+    said = []
+    for name in (packed, plain, f"{plain}.gguf"):
+        assert main(["generate", name, "--prompt", "Once", "--temperature", "0", "--json"]) == 0
+        said.append(json.loads(capsys.readouterr().out)["ids"])
+    assert said[0] == said[1] == said[2]
+    theirs = AutoModelForCausalLM.from_pretrained(plain, dtype="float32")
+    ids = torch.tensor([[1, 40, 41, 42]])
+    with torch.no_grad():
+        logits = theirs(ids, use_cache=False).logits[0]
+    # By the definition: native products of packed weights keep 16 bits of a float32 row.
+    (ours,) = load(packed, backend="reference").logits(ids.tolist())
+    assert_within(ours, logits, ORACLE["fp32"])
+
+
+def test_a_folder_is_written_again_in_another_type(model, tmp_path, capsys):
+    assert main(["convert", str(model), str(tmp_path / "half"), "--dtype", "fp16", "--json"]) == 0
+    values = json.loads(capsys.readouterr().out)
+    found, before = load(tmp_path / "half"), load(model)
+    assert found.dtype == torch.float16
+    assert values["values_by_type"]["float16"] > values["values_by_type"]["float32"] > 0
+    assert sum(values["values_by_type"].values()) == sum(
+        one.numel() for one in before.decoder.parameters()
+    )
+    for name, one in before.decoder.named_parameters():
+        assert torch.equal(
+            found.decoder.get_parameter(name), one.to(found.decoder.get_parameter(name).dtype)
+        )
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        assert (tmp_path / "half" / name).read_bytes() == (model / name).read_bytes()
+    assert main(["convert", str(model), str(tmp_path / "same")]) == 0
+    for name, one in load(tmp_path / "same").decoder.named_parameters():
+        assert torch.equal(one, before.decoder.get_parameter(name))
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["MODEL", "x"], "expected a file name that ends in .gguf"),
+        (["MODEL", "x", "--type", "f16"], "--type is for .gguf files"),
+        (["MODEL", "x", "--no-tokenizer"], "--no-tokenizer is for .gguf files"),
+        (["MODEL", "x", "--dtype", "int8"], "expected one of fp32, bf16, fp16"),
+        (["MODEL", "MODEL"], "already holds a checkpoint"),
         (["MODEL.gguf", "x.gguf"], "expected a folder"),
         (["MODEL", "x.gguf", "--dtype", "fp32"], "--dtype is for folders"),
         (["MODEL.gguf", "x", "--type", "f16"], "--type is for .gguf files"),

@@ -26,7 +26,7 @@ def convert(
         Path,
         typer.Argument(
             metavar="TARGET",
-            help=f"A {SUFFIX} file to make of a folder, or a folder to make of a {SUFFIX} file.",
+            help=f"A {SUFFIX} file, or a folder in Hugging Face's layout, to make of it.",
             show_default=False,
         ),
     ],
@@ -42,8 +42,8 @@ def convert(
     dtype: Annotated[
         str | None,
         typer.Option(
-            help="Type of the weights in a folder: fp32, bf16 or fp16; the file's, or bf16 for a "
-            "quantised one, when left out.",
+            help="Type of the weights in a folder: fp32, bf16 or fp16; those they have, or bf16 "
+            "for a quantised file, when left out.",
             show_default=False,
         ),
     ] = None,
@@ -61,19 +61,17 @@ def convert(
 ) -> None:
     """Convert a model between Hugging Face's layout and GGUF, the format of llama.cpp.
 
-    Weights, tokenizer and chat template are converted, one tensor at a time. TARGET appears when
-    it is complete, or not at all.
+    Weights, tokenizer and chat template are converted, one tensor at a time; of a quantised folder
+    what its matrices stand for. TARGET appears when it is complete, or not at all.
     """
     from jamba_lm.cli.output import Output
-    from jamba_lm.conversion import folder_to_gguf, gguf_to_folder
+    from jamba_lm.conversion import folder_to_folder, folder_to_gguf, gguf_to_folder
 
     origin = model_folder(source)
-    to_gguf = not is_gguf(origin)
-    if to_gguf != (target.suffix.lower() == SUFFIX):
-        expected = f"a file name that ends in {SUFFIX}" if to_gguf else "a folder"
+    to_gguf = target.suffix.lower() == SUFFIX
+    if to_gguf and is_gguf(origin):
         raise InputError(
-            f"TARGET is {str(target)!r}: expected {expected}, as SOURCE is "
-            + ("a checkpoint folder" if to_gguf else f"a {SUFFIX} file")
+            f"TARGET is {str(target)!r}: expected a folder, as SOURCE is a {SUFFIX} file"
         )
     if to_gguf and dtype is not None:
         raise InputError(f"--dtype is for folders: choose the type of a {SUFFIX} file with --type")
@@ -99,7 +97,8 @@ def convert(
                 progress=show,
             )
         else:
-            converted = gguf_to_folder(
+            to_folder = gguf_to_folder if is_gguf(origin) else folder_to_folder
+            converted = to_folder(
                 origin, target, dtype=dtype or "auto", overwrite=overwrite, progress=show
             )
     seconds = time.monotonic() - started

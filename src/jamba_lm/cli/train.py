@@ -40,7 +40,11 @@ def group() -> None:
 def train(
     recipe: Annotated[
         Path,
-        typer.Argument(metavar="RECIPE", help="A recipe file (TOML).", show_default=False),
+        typer.Argument(
+            metavar="RECIPE",
+            help="A recipe file (TOML), or the name of one in the package.",
+            show_default=False,
+        ),
     ],
     out: Annotated[
         Path,
@@ -66,6 +70,9 @@ def train(
     json_wanted: JsonOption = False,
 ) -> None:
     """Train a model as RECIPE says.
+
+    Recipes in the package: tiny (two minutes), demo, 100m, ablation-1.3b, ablation-7b, jamba-v0.1.
+    They want text: --set data.prepared=DIR, which `jamba data prepare` has written.
 
     Started by torchrun, all its processes train one model as [parallel] in RECIPE says.
 

@@ -18,9 +18,11 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, Literal
 
+from jamba_lm.analysis.machine import usable_memory
 from jamba_lm.errors import InputError, RecipeError
 from jamba_lm.files import make_folder, write_atomic
 from jamba_lm.kernels import ops
+from jamba_lm.training.capacity import check_memory
 from jamba_lm.training.checkpointing import Progress, SavedRun, checkpoints, read_checkpoint
 from jamba_lm.training.export import export_newest
 from jamba_lm.training.learner import Learner, plain_sections
@@ -102,6 +104,7 @@ def train(
             processes, or training diverged.
         DataError: text is missing or unusable, or is not what the run to resume was reading.
         CheckpointError: the newest checkpoint is damaged.
+        CapacityError: weights, gradients and optimizer are larger than this machine's memory.
         FailedElsewhereError: it went wrong in another process, or in all of them, and the first
             one says how.
     """
@@ -140,6 +143,8 @@ def _check(recipe: RunRecipe, backend: str | None, processes: Processes) -> None
     layout, workers = recipe.parallel, recipe.training.workers
     if isinstance(recipe, Recipe):
         layout.validate(recipe.model, processes.count)
+        if processes.device.type == "cpu":
+            check_memory(recipe, usable_memory())
     elif processes.count > 1:
         raise RecipeError(
             f"fine-tuning runs in one process, not in {processes.count}: start it without torchrun"

@@ -43,18 +43,31 @@ class Rules:
 
 TRAINING_RULES = Rules(RANGES, CHOICES)
 
+# Recipes inside the package, from minutes to months, which say all but the text. What a file has in
+# its comments is what of it is the paper's and what is ours.
+RECIPES = ("tiny", "demo", "100m", "ablation-1.3b", "ablation-7b", "jamba-v0.1")
+RECIPE_FOLDER = Path(__file__).parent / "recipes"
+
 
 def load_recipe(path: Path, assignments: Iterable[str] = ()) -> Recipe:
     """Read a recipe file, change it as `--set section.key=value` says, and check everything.
+
+    Args:
+        path: of a file, which relative paths in it start from, or the name of one of `RECIPES`,
+            where they start from the working directory.
+        assignments: what `--set` was given.
 
     Raises:
         RecipeError: the file is missing or not TOML, a key is unknown (the message names the
             closest known one), or a value is missing, of the wrong kind or out of range.
     """
-    sections = read_sections(path)
+    source, folder = path, path.parent
+    if str(path) in RECIPES:
+        source, folder = RECIPE_FOLDER / f"{path}.toml", Path()
+    sections = read_sections(source, f"a TOML file, or one of {', '.join(RECIPES)}")
     for assignment in assignments:
         assign(sections, assignment, "training.steps=1000")
-    return build_recipe(sections, path.parent)
+    return build_recipe(sections, folder)
 
 
 def build_recipe(sections: Mapping[str, Any], folder: Path) -> Recipe:
@@ -188,7 +201,8 @@ def _check_text(data: DataSection) -> None:
         expected = _expected(f"data.{missing}", _DATA_KINDS[missing], TRAINING_RULES)
         raise RecipeError(
             f"[data] needs {missing}: {expected}; or "
-            "prepared: a folder that `jamba data prepare` has written"
+            "prepared: a folder that `jamba data prepare` has written, as with "
+            "--set data.prepared=DIR"
         )
 
 

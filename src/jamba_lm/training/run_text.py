@@ -51,7 +51,8 @@ class RunText:
         if tokenizer.vocab_size > recipe.model.vocab_size:
             raise RecipeError(
                 f"the tokenizer has {tokenizer.vocab_size:,} tokens and the model a vocab_size of "
-                f"{recipe.model.vocab_size:,}: raise it, or train a smaller tokenizer"
+                f"{recipe.model.vocab_size:,}: raise model.vocab_size to {tokenizer.vocab_size}, "
+                "or train a smaller tokenizer"
             )
         file = folder / "tokenizer.json" if folder.is_dir() else folder
 
