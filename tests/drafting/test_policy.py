@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jamba_lm.drafting.acceptance import CLASSES, AcceptanceRates
-from jamba_lm.drafting.call_times import LIFETIME_CALLS, CallTimes
+from jamba_lm.drafting.call_times import LIFETIME_A_SIGHT, LIFETIME_CALLS, CallTimes
 from jamba_lm.drafting.lookup import IDLE_CALLS, TOGETHER, LookupDrafter
 from jamba_lm.drafting.policy import LONGEST_DRAFT, MOST_ROWS, ROWS, DraftPolicy, Wish
 from tests.tolerances import DRAFTING
@@ -60,12 +60,25 @@ def test_a_machine_that_became_slower_is_believed_in_the_end():
 def test_what_was_not_seen_for_long_is_forgotten():
     times = CallTimes()
     times.observe(1, 1.0)
-    times.observe(8, 4.0)
+    for _ in range(LIFETIME_CALLS // LIFETIME_A_SIGHT):
+        times.observe(8, 4.0)
     for _ in range(LIFETIME_CALLS):
         assert times.knows(8)
         times.observe(1, 1.0)
     assert not times.knows(8)
     assert times.seconds(8) < 2.0
+
+
+def test_what_was_seen_once_is_forgotten_sooner():
+    """The first calls after a prompt are slow, and say nothing of later ones."""
+    times = CallTimes()
+    times.observe(1, 2.0)
+    times.observe(3, 3.3)
+    for _ in range(LIFETIME_CALLS // 4):
+        assert times.knows(3)
+        times.observe(1, 1.0)
+    assert not times.knows(3)
+    assert times.seconds(3) < 1.5
 
 
 @given(st.lists(st.tuples(st.integers(1, 40), st.floats(1e-6, 1e3)), min_size=1, max_size=80))
@@ -123,6 +136,10 @@ def knowing(seconds: Callable[[int], float], sizes=(1, *ROWS)):
 
 def flat(rows: int) -> float:
     return 1.0 + 0.01 * rows
+
+
+def half(rows: int) -> float:
+    return 0.5 + 0.5 * rows
 
 
 def proportional(rows: int) -> float:
@@ -198,14 +215,58 @@ def test_drafts_that_keep_failing_are_given_up_and_tried_again_later():
     assert last_try > 2000
 
 
+def test_a_length_that_may_not_be_tried_hides_none_that_is_known():
+    policy = knowing(half, sizes=(1, 4, 6))
+    # What is left would not pay for finding out what two rows take.
+    policy.observe(4, 2.5, sequences=1, written=1)
+    (count,) = policy.choose([Wish(1, CERTAIN)])
+    assert count >= 3
+
+
+def test_guesses_that_came_true_pay_debts():
+    policy = knowing(half)
+    policy.observe(16, half(16), sequences=1, written=1)
+    for _ in range(10):
+        assert policy.choose([Wish(1, CERTAIN)]) == [0], "it is in debt"
+        policy.observe(1, half(1), sequences=1, written=1)
+    waited = 0
+    while policy.choose([Wish(1, CERTAIN, hits=1)]) == [0]:
+        policy.observe(1, half(1), sequences=1, written=1)
+        waited += 1
+    assert 2 < waited < 15
+
+
+def test_hits_are_told_once_and_not_of_drafts():
+    text = [*range(100, 140)]
+    drafter = LookupDrafter([*text, 1, 2, 3, *text[:8]])
+    assert drafter.wish(1, 100).hits == 0
+    for token in text[8:11]:
+        drafter.push(token)
+    assert drafter.wish(1, 100).hits == 3
+    assert drafter.wish(1, 100).hits == 0
+    assert drafter.draft(2) == text[11:13]
+    for token in text[11:14]:
+        drafter.push(token)
+    assert drafter.wish(1, 100).hits == 0, "the draft's tokens are on the account already"
+    drafter.push(text[14])
+    assert drafter.wish(1, 100).hits == 1
+    drafter.push(7)
+    assert drafter.wish(1, 100).hits == 0, "it was guessed, and did not come true"
+
+
 # A whole text against a clock -------------------------------------------------------------------
 
 
-def simulate(prompt: list[int], text: list[int], seconds: Callable[[int], float]) -> float:
-    """Return how much faster `text` is written with drafts than without, by the clock `seconds`."""
+def simulate(
+    prompt: list[int], text: list[int], seconds: Callable[[int], float], *, warm_after: int = 0
+) -> float:
+    """Return how much faster `text` is written with drafts than without, by the clock `seconds`.
+
+    The calls before `warm_after` take twice as long.
+    """
     drafter, policy = LookupDrafter(prompt), DraftPolicy()
     policy.times.observe(512, seconds(512))
-    spent, done, unread = 0.0, 0, 1
+    spent, done, unread, calls = 0.0, 0, 1, 0
     while done < len(text):
         rests = drafter.rests
         wish = Wish(unread) if rests else drafter.wish(unread, len(text) - done - 1)
@@ -219,17 +280,18 @@ def simulate(prompt: list[int], text: list[int], seconds: Callable[[int], float]
             if token != guess or done == len(text):
                 break
         rows = unread + len(draft)
-        spent += seconds(rows)
+        took = seconds(rows) * (2 if calls < warm_after else 1)
+        spent, calls = spent + took, calls + 1
         unread = 1 if written == len(draft) + 1 else unread + written
         if not rests:
-            policy.observe(rows, seconds(rows), sequences=1, written=written)
-    return len(text) * seconds(1) / spent
+            policy.observe(rows, took, sequences=1, written=written)
+    return (len(text) + warm_after) * seconds(1) / spent
 
 
 CLOCKS = {
     "waits for weights": lambda rows: 1 + 0.01 * rows,
     "a little longer": lambda rows: 0.93 + 0.07 * rows,
-    "half": lambda rows: 0.5 + 0.5 * rows,
+    "half": half,
     "every row": lambda rows: 0.1 + 0.9 * rows,
     "a jump after 6": lambda rows: 1.0 if rows <= 6 else 6 + 0.02 * rows,
 }
@@ -261,6 +323,20 @@ def test_free_text_is_hardly_slower_whatever_the_machine(clock: str):
 def test_copied_text_is_as_much_faster_as_the_machine_allows(clock: str, times: float):
     text = prose(500, 1)
     assert simulate(text, text[100:400], CLOCKS[clock]) >= times
+
+
+@pytest.mark.parametrize("clock", ["waits for weights", "a little longer", "half"])
+@pytest.mark.parametrize("first", [4, 8, 12])
+def test_a_slow_beginning_is_not_held_against_drafts(clock: str, first: int):
+    """Drafts are tried among the first calls, which take longer and of which some fail."""
+    text = prose(500, 1)
+    misled = [token for start in range(0, 60, 5) for token in (*text[start : start + 4], 4001)]
+    written = [*misled[: 5 * first], *text[100:350]]
+    found = simulate(text, written, CLOCKS[clock], warm_after=first)
+    undisturbed = simulate(text, text[100:350], CLOCKS[clock])
+    # The beginning alone at the speed of no drafts, and as much again until they are believed in.
+    expected = len(written) / (2 * 5 * first + 250 / undisturbed)
+    assert found >= expected
 
 
 def test_copying_with_changes_pays_as_well():

@@ -12,8 +12,9 @@ from dataclasses import dataclass
 # believed up to four times of what was expected; every later one counts for less, down to a tenth.
 TOWARDS_FASTER, TOWARDS_SLOWER, MOST_SLOWER, FIRST_MOST_SLOWER = 0.5, 0.1, 2.0, 4.0
 # Estimates that were not confirmed in this many calls are forgotten: what disturbed them is over,
-# and the context has grown.
-LIFETIME_CALLS = 256
+# and the context has grown. One that was seen a few times only lives shorter: the first calls after
+# a prompt take twice as long as later ones, and drafts are tried among them.
+LIFETIME_CALLS, LIFETIME_A_SIGHT = 256, 64
 # Until two sizes of calls were seen: what a row more costs, as a share of a call.
 ASSUMED_SLOPE = 0.1
 
@@ -51,7 +52,10 @@ class CallTimes:
     def knows(self, rows: int) -> bool:
         """Say whether a call of exactly this many rows was seen lately."""
         known = self._by_rows.get(rows)
-        return known is not None and self._num_calls - known.last_seen < LIFETIME_CALLS
+        if known is None:
+            return False
+        lifetime = min(LIFETIME_CALLS, LIFETIME_A_SIGHT * known.times_seen)
+        return self._num_calls - known.last_seen < lifetime
 
     def knows_around(self, rows: int, *, above: int) -> bool:
         """Say whether calls of as many rows or fewer, but over `above`, and of more were seen."""
@@ -63,9 +67,8 @@ class CallTimes:
 
         0 while nothing is known.
         """
-        known = self._by_rows.get(rows)
-        if known is not None and self._num_calls - known.last_seen < LIFETIME_CALLS:
-            return known.seconds
+        if self.knows(rows):
+            return self._by_rows[rows].seconds
         sizes = [size for size in self._by_rows if self.knows(size)]
         fewer = max((size for size in sizes if size < rows), default=0)
         more = min((size for size in sizes if size > rows), default=0)

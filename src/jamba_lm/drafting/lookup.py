@@ -49,6 +49,8 @@ class LookupDrafter:
         # Written, and not looked at yet.
         self._waiting: list[int] = []
         self._idle_calls = 0
+        # Whether the call before had a draft, which its tokens have paid for or not.
+        self._drafted = False
 
     @property
     def rests(self) -> bool:
@@ -59,20 +61,24 @@ class LookupDrafter:
         """Say what could be drafted, at most `most` tokens, beside the `unread` ones to be read."""
         if self.rests:
             return Wish(unread)
-        self._look()
+        hits = self._look()
+        if self._drafted:
+            # Those are on the account as what they gained.
+            hits, self._drafted = 0, False
         match = self._index.find()
         if self._fixed is not None:
             return Wish(unread, fixed=0 if match is None else min(self._fixed, most))
         self._idle_calls += 1
         if match is None or most < 1:
-            return Wish(unread)
-        return Wish(unread, self._rates.chances(match.length, min(most, LONGEST_DRAFT)))
+            return Wish(unread, hits=hits)
+        chances = self._rates.chances(match.length, min(most, LONGEST_DRAFT))
+        return Wish(unread, chances, hits=hits)
 
     def draft(self, count: int) -> list[int]:
         """Return the `count` likeliest next tokens; a wish for them must have come before."""
         if not count:
             return []
-        self._idle_calls = 0
+        self._idle_calls, self._drafted = 0, True
         match = self._index.find()
         if match is None:
             return []
@@ -82,11 +88,18 @@ class LookupDrafter:
         """Take one more token of the sequence."""
         self._waiting.append(token)
 
-    def _look(self) -> None:
-        """Put the tokens that wait into the index, and learn which would have been guessed."""
+    def _look(self) -> int:
+        """Put the tokens that wait into the index, and learn which would have been guessed.
+
+        Returns how many would have been.
+        """
+        hits = 0
         for token in self._waiting:
             match = self._index.find()
             if match is not None:
-                self._rates.observe(match.length, self._index[match.start] == token)
+                hit = self._index[match.start] == token
+                self._rates.observe(match.length, hit)
+                hits += hit
             self._index.append(token)
         self._waiting.clear()
+        return hits

@@ -29,6 +29,9 @@ LEAST_GAIN = 1.03
 # call that is added, how much of what drafts gained is remembered, and the debt at which drafting
 # pauses. A hundred calls with interest pay off a call's debt, and more than one is forgiven.
 FIRST_CREDIT, INTEREST, MOST_CREDIT, MOST_DEBT = 1.0, 0.01, 8.0, 3.0
+# What is added for a guess that came true though nothing was drafted: a text that came to be copied
+# does not wait until the debts of what stood before are paid.
+HIT_INTEREST = 0.1
 
 
 class Wish(NamedTuple):
@@ -39,11 +42,13 @@ class Wish(NamedTuple):
         chances: how likely the first, the first two, ... drafted tokens are all accepted.
         fixed: draft this many whatever it costs, as far as there are rows; None to let the
             measurements decide.
+        hits: guesses that came true lately without being drafted.
     """
 
     unread: int
     chances: Sequence[float] = ()
     fixed: int | None = None
+    hits: int = 0
 
 
 class DraftPolicy:
@@ -61,6 +66,9 @@ class DraftPolicy:
         second. What is rejected has to be read again, and counts as time.
         """
         plain = len(wishes)
+        hits = sum(wish.hits for wish in wishes)
+        if hits and self._credit_seconds is not None:
+            self._add(HIT_INTEREST * hits / plain, self.times.seconds(plain))
         rows = sum(wish.unread for wish in wishes)
         written = float(plain)
         counts = []
@@ -93,8 +101,9 @@ class DraftPolicy:
             seconds = self.times.seconds(rows + count)
             per_row = max(seconds - without, 0.0) / count
             worst = seconds - without + wish.unread * per_row
+            # One that may not be tried says nothing of longer ones, whose cost may be known.
             if not self._may_try(rows + count, plain, worst):
-                break
+                continue
             rate = written / (seconds + rejected_rows * per_row)
             if rate > best_rate:
                 best, best_rate = count, rate
@@ -122,9 +131,12 @@ class DraftPolicy:
         if self._credit_seconds is None:
             self._credit_seconds = FIRST_CREDIT * usual
         if rows == sequences:
-            self._credit_seconds += INTEREST * usual
+            self._add(INTEREST, usual)
         else:
             # The estimate and not the measurement: what disturbed a single call is not its fault.
-            self._credit_seconds += written / sequences * usual - self.times.seconds(rows)
-        most, least = MOST_CREDIT * usual, -(MOST_DEBT + 1) * usual
-        self._credit_seconds = max(min(self._credit_seconds, most), least)
+            self._add(written / sequences - self.times.seconds(rows) / usual, usual)
+
+    def _add(self, calls: float, usual: float) -> None:
+        """Put the time of so many usual calls on the account, which has its limits."""
+        credit = (self._credit_seconds or 0.0) + calls * usual
+        self._credit_seconds = max(min(credit, MOST_CREDIT * usual), -(MOST_DEBT + 1) * usual)
