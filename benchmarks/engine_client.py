@@ -98,9 +98,30 @@ def environment(threads: int) -> dict[str, str]:
     }
 
 
+def native_start(folder: Path, threads: int, prompt_tokens: int, new_tokens: int) -> dict[str, Any]:
+    """Read and write in a process as `jamba generate` is one, and return what it says.
+
+    Raises:
+        EngineFailure: it failed.
+    """
+    options = [f"--threads={threads}", f"--prompt-tokens={prompt_tokens}"]
+    command = [sys.executable, "-m", "benchmarks.native_start", str(folder), *options]
+    command.append(f"--new-tokens={new_tokens}")
+    done = subprocess.run(
+        command, cwd=ROOT, env=environment(threads), capture_output=True, text=True
+    )
+    if done.returncode:
+        raise EngineFailure(f"benchmarks.native_start: {done.stderr.strip()[-200:]}")
+    found: dict[str, Any] = json.loads(done.stdout)
+    return found
+
+
 def first_token_seconds(engine: str, folder: Path, weights: str, threads: int) -> float:
     """Return the seconds from the start of a process to the first token of a short prompt."""
     started = time.perf_counter()
+    if engine == "jamba":
+        native_start(folder, threads, FIRST_PROMPT, 1)
+        return time.perf_counter() - started
     with worker(engine, folder, weights, threads) as running:
         running.ask("greedy", ids=list(range(2, 2 + FIRST_PROMPT)), tokens=1)
         return time.perf_counter() - started
@@ -108,6 +129,8 @@ def first_token_seconds(engine: str, folder: Path, weights: str, threads: int) -
 
 def peak_bytes(engine: str, folder: Path, weights: str, threads: int, tokens: int) -> int:
     """Return the most memory that a process has which reads a prompt and writes 16 tokens."""
+    if engine == "jamba":
+        return int(native_start(folder, threads, tokens, 16)["peak_bytes"])
     with worker(engine, folder, weights, threads) as running:
         running.ask("prefill", tokens=tokens, batch=1)
         running.ask("decode", prompt=1, tokens=16, batch=1)

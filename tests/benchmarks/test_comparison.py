@@ -12,7 +12,12 @@ import torch
 from benchmarks.comparison_report import bars_of, labels_of, markdown, plot
 from benchmarks.comparison_verdict import problems_of
 from benchmarks.cpu_inference import command
-from benchmarks.engine_client import EngineFailure
+from benchmarks.engine_client import (
+    EngineFailure,
+    first_token_seconds,
+    native_start,
+    peak_bytes,
+)
 from benchmarks.llama_cpp import (
     AMX_CALL,
     AMX_FENCE,
@@ -32,8 +37,10 @@ from benchmarks.packed_parity import (
     weight_problem,
 )
 from benchmarks.parity_gate import BOUNDS, compare, divergence, first_wrong, relative_error
+from jamba_lm.generation import generate
 from jamba_lm.kernels.native_structs import RowRounding
 from jamba_lm.language_model import load
+from jamba_lm.presets import embedded_model_path
 from jamba_lm.quantization.linear import PackedLinear
 from jamba_lm.quantization.policy import find_scheme
 from jamba_lm.quantization.rewrite import quantize_decoder
@@ -365,3 +372,20 @@ def test_the_picture_has_a_bar_for_every_engine_and_is_written(tmp_path: Path):
     assert labels_of(found["blocks"]) == ["bf16, prefill 512"]
     plot(found, tmp_path / "cpu.png")
     assert (tmp_path / "cpu.png").read_bytes()[:4] == b"\x89PNG"
+
+
+# --- a cold start
+
+
+def test_our_cold_start_is_that_of_the_command(tmp_path: Path):
+    folder = embedded_model_path()
+    assert first_token_seconds("jamba", folder, "bf16", 1) > 0
+    size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+    # torch alone would be 200 MiB.
+    assert size < peak_bytes("jamba", folder, "bf16", 1, 64) < size + 120 * 2**20
+    model = load(folder)
+    ids = list(range(2, 18))
+    plain = [token.id for token in generate(model, ids, max_new_tokens=4)]
+    assert native_start(folder, 1, 16, 4)["ids"] == plain
+    with pytest.raises(EngineFailure, match="it is no folder"):
+        native_start(tmp_path / "nowhere", 1, 16, 1)
