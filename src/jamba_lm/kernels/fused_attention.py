@@ -123,27 +123,29 @@ class _PastAndOwn(torch.autograd.Function):
         dq, dk_own, dv_own = back(
             slope, _heads_first(q_THP), k_own, v_own, y, whole, 0.0, True, scale=ctx.scale
         )
-        slopes_SGP = torch.empty_like(k_SGP), torch.empty_like(v_SGP)
-        for x_SGP, own in zip(slopes_SGP, (dk_own, dv_own), strict=True):
-            x_SGP[past:] = _summed(own, groups)[0].transpose(0, 1)
+        dk_SGP, dv_SGP = torch.empty_like(k_SGP), torch.empty_like(v_SGP)
+        dk_SGP[past:] = _summed(dk_own, groups)[0].transpose(0, 1)
+        dv_SGP[past:] = _summed(dv_own, groups)[0].transpose(0, 1)
         grouped = (1, groups, -1, q_THP.shape[2])
         rows = [slope.reshape(grouped), _as_groups(q_THP, groups), y.reshape(grouped)]
         # In float32, since every piece of the past adds to it.
         dq = dq.reshape(grouped).float()
         for first, side, size in _pieces(past, groups):
             piece = slice(first, first + side * size)
-            slope_R, q_R, y_R = (x.expand(side, -1, -1, -1) for x in rows)
-            k, v, *slopes = (
+            slopes, queries, results = (x.expand(side, -1, -1, -1) for x in rows)
+            keys, values, dk, dv = (
                 x[piece].unflatten(0, (side, size)).transpose(1, 2)
-                for x in (k_SGP, v_SGP, *slopes_SGP)
+                for x in (k_SGP, v_SGP, dk_SGP, dv_SGP)
             )
-            whole_R = whole.reshape(1, groups, -1).expand(side, -1, -1)
-            dq_R, *found = back(slope_R, q_R, k, v, y_R, whole_R, 0.0, False, scale=ctx.scale)
-            dq += dq_R.float().sum(0)
-            for one, other in zip(slopes, found, strict=True):
-                one.copy_(other)
-        dq_THP = dq.to(q_THP.dtype).reshape(slope.shape)[0].transpose(0, 1)
-        return dq_THP, *slopes_SGP, None
+            sums = whole.reshape(1, groups, -1).expand(side, -1, -1)
+            dq_piece, dk_piece, dv_piece = back(
+                slopes, queries, keys, values, results, sums, 0.0, False, scale=ctx.scale
+            )
+            dq += dq_piece.float().sum(0)
+            dk.copy_(dk_piece)
+            dv.copy_(dv_piece)
+        dq_HTP = dq.to(q_THP.dtype).reshape(slope.shape)[0]
+        return dq_HTP.transpose(0, 1), dk_SGP, dv_SGP, None
 
 
 def _pieces(past: int, groups: int) -> list[tuple[int, int, int]]:
