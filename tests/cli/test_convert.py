@@ -62,6 +62,20 @@ def test_a_quantised_folder_becomes_one_that_others_read(model, tmp_path, capsys
     assert_within(ours, logits, ORACLE["fp32"])
 
 
+def test_packed_matrices_come_in_the_type_of_the_rest(model, tmp_path, capsys):
+    half, packed, plain = (str(tmp_path / name) for name in ("half", "packed", "plain"))
+    assert main(["convert", str(model), half, "--dtype", "bf16"]) == 0
+    assert main(["quantize", half, "--scheme", "int8", "--out", packed]) == 0
+    capsys.readouterr()
+    assert main(["convert", packed, plain, "--json"]) == 0
+    values = json.loads(capsys.readouterr().out)["values_by_type"]
+    assert set(values) == {"bfloat16", "float32"}
+    assert values["bfloat16"] > 10 * values["float32"]
+    assert (
+        load(plain).decoder.get_parameter("blocks.0.mixer.in_proj.weight").dtype == torch.bfloat16
+    )
+
+
 def test_a_folder_is_written_again_in_another_type(model, tmp_path, capsys):
     assert main(["convert", str(model), str(tmp_path / "half"), "--dtype", "fp16", "--json"]) == 0
     values = json.loads(capsys.readouterr().out)
