@@ -14,7 +14,7 @@
 
 #include <stdint.h>
 
-#define JAMBA_ABI_VERSION 6
+#define JAMBA_ABI_VERSION 7
 
 // Tokens between two saved states of the scan; what backward recomputes at once.
 #define JAMBA_CHECKPOINT_TOKENS 16
@@ -277,6 +277,36 @@ typedef struct {
   const jamba_key_block *blocks;
 } jamba_memory;
 
+// Parts of a step or a prefill, and what a thread does in them: for a caller who asks where the
+// time goes. Norms are all of them, the scan comes with its gate, and the first part also has what
+// a thread does before its first row.
+enum {
+  JAMBA_EMBEDDING,
+  JAMBA_NORMS,
+  JAMBA_IN_PROJ,
+  JAMBA_CONVOLUTION,
+  JAMBA_X_PROJ,
+  JAMBA_DT_PROJ,
+  JAMBA_SCAN,
+  JAMBA_OUT_PROJ,
+  JAMBA_QKV_PROJ,
+  JAMBA_ATTENTION,
+  JAMBA_O_PROJ,
+  JAMBA_ROUTER,
+  JAMBA_MLP,
+  JAMBA_EXPERTS,
+  JAMBA_HEAD,
+  JAMBA_PARTS
+};
+enum {
+  JAMBA_COMPUTES,
+  JAMBA_CUTS_WEIGHTS,   // into tiles, where many rows meet them
+  JAMBA_CUTS_ROWS,      // or otherwise arranges them for a product
+  JAMBA_GIVES_RESULTS,  // of a product of many rows
+  JAMBA_WAITS,          // for other threads
+  JAMBA_ACTIVITIES
+};
+
 // All layers for some tokens of one or more sequences.
 typedef struct {
   int64_t path;
@@ -289,6 +319,8 @@ typedef struct {
   int64_t num_logits;            // of a prefill, also none
   const int64_t *logit_rows;
   float *logits;  // [num_logits][V]
+  // Nanoseconds, which the call adds to: [threads][JAMBA_PARTS][JAMBA_ACTIVITIES]; or null.
+  int64_t *spent;
 } jamba_step_call;
 
 JAMBA_EXPORT int32_t jamba_abi_version(void);

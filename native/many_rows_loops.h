@@ -13,6 +13,7 @@ struct Products {
   const TileKernels &kernels;
   uint32_t *weights;  // [output tile][DEPTH_OF_PART][TILE_WORDS], then a WeightGroup for each
   uint32_t *sums;     // [row tile][output tile][TILE_WORDS]
+  Timeline &timeline;
 };
 
 static_assert(DEPTH_OF_PART <= 16, "tile_nibbles takes as many lines as a vector has lanes");
@@ -43,7 +44,10 @@ inline void sum_products(const Products &with, const jamba_matrix &matrix, int64
   for (int64_t d = 0; d < x.depth; d += DEPTH_OF_PART) {
     const int64_t depth = x.depth - d < DEPTH_OF_PART ? x.depth - d : DEPTH_OF_PART;
     WeightGroup *const groups = (WeightGroup *)(with.weights + output_tiles * depth * TILE_WORDS);
-    tile_weights(matrix, x.words, first, last, d, depth, with.weights, groups);
+    {
+      const Doing doing(with.timeline, JAMBA_CUTS_WEIGHTS);
+      tile_weights(matrix, x.words, first, last, d, depth, with.weights, groups);
+    }
     Ahead ahead;
     if (d + depth < x.depth) {
       ahead = weights_ahead(matrix, x.words, first, last, d + depth, DEPTH_OF_PART);
@@ -89,6 +93,7 @@ inline void multiply_rows(const Products &with, const jamba_matrix &matrix, int6
     const int64_t some = row_tiles - t < ROW_TILES_OF_PART ? row_tiles - t : ROW_TILES_OF_PART;
     sum_products(with, matrix, first, last, x, row_tile + t, some, with.sums,
                  t + some < row_tiles ? Outputs{} : next);
+    const Doing doing(with.timeline, JAMBA_GIVES_RESULTS);
     for (int64_t r = 0; r < some; r++) {
       for (int64_t o = 0; o < output_tiles; o++) {
         const int64_t output = first + o * TILE, left = last - output;

@@ -128,7 +128,8 @@ int32_t jamba_prefill(const jamba_step_call *call) try {
 #pragma omp parallel num_threads(threads)
   {
     // The runtime may give fewer than asked for.
-    const Team team = {team_size(), team_member(), counters.data()};
+    const Team team = {team_size(), team_member(), counters.data(),
+                       Timeline(call->spent, team_member())};
     path->prefill(*call, shared, kernels, team, scratch.data() + team_member() * size);
   }
   return JAMBA_OK;

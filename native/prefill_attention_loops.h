@@ -255,7 +255,9 @@ inline void prefill_attention(Prefill &prefill, const jamba_layer &layer,
   const PrefillBuffers &shared = prefill.shared;
   const int64_t B = prefill.call.B, queries = model.H * model.P;
 
-  const TiledRows x = norm_inputs(prefill, layer.mixer_norm_D, layer.in_proj);
+  const TiledRows x = norm_inputs(prefill, layer.mixer_norm_D, JAMBA_QKV_PROJ, layer.in_proj);
+  Timeline &timeline = prefill.team.timeline;
+  timeline.turn_to(JAMBA_QKV_PROJ);
   share_outputs(prefill.products, prefill.team, layer.in_proj, x, prefill.row_tiles(),
                 [&](int64_t tile, int64_t output, int64_t count, const float *results) {
                   store_tile(shared.q, false, queries, tile * TILE, prefill.rows_of(tile), output,
@@ -272,6 +274,7 @@ inline void prefill_attention(Prefill &prefill, const jamba_layer &layer,
     tasks += divide_up(tiles_of(prefill.call.offsets[b + 1] - prefill.call.offsets[b]), per_task) *
              model.G;
   }
+  timeline.turn_to(JAMBA_ATTENTION);
   prefill.team.share(tasks, [&](int64_t task) {
     // The last queries see most keys: they come first.
     int64_t left = tasks - 1 - task, b = 0, parts = 0;
@@ -288,10 +291,11 @@ inline void prefill_attention(Prefill &prefill, const jamba_layer &layer,
   });
 
   const TiledRows y = tiled(prefill, layer.out_proj, prefill.row_tiles(), shared.mixed);
+  timeline.turn_to(JAMBA_O_PROJ, JAMBA_CUTS_ROWS);
   prefill.team.share(prefill.row_tiles(), [&](int64_t tile) {
     tile_rows(y, tile, {shared.y, false, queries}, RowsOfTile(tile).rows, prefill.rows_of(tile), 0);
   });
-  add_to_stream(prefill, layer.out_proj, y);
+  add_to_stream(prefill, JAMBA_O_PROJ, layer.out_proj, y);
 }
 
 }  // namespace jamba::JAMBA_PATH

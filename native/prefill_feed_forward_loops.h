@@ -88,6 +88,7 @@ inline void gate_rows(const Prefill &prefill, const jamba_matrix *matrices, int6
                  {&matrices[1], first, last});
     sum_products(prefill.products, matrices[1], first, last, x, start, some, ups,
                  t + some < expert.tiles ? Outputs{} : next);
+    const Doing doing(prefill.products.timeline, JAMBA_GIVES_RESULTS);
     for (int64_t r = 0; r < some; r++) {
       for (int64_t output = first; output < end; output += TILE) {
         uint32_t *words = hidden.tile(start + r, output / per_tile) +
@@ -125,22 +126,28 @@ inline void prefill_feed_forward(Prefill &prefill, const jamba_layer &layer) {
   const TiledRows hidden = tiled(prefill, layer.feed_forward[2], pair_tiles, shared.hidden);
 
   const int64_t experts = X > 0 ? X : 1;
+  const int32_t part = X > 0 ? JAMBA_EXPERTS : JAMBA_MLP;
+  Timeline &timeline = prefill.team.timeline;
   TiledRows x = tiled(prefill, layer.feed_forward[0], pair_tiles, shared.inputs);
   if (X == 0) {
-    x = norm_inputs(prefill, layer.feed_forward_norm_D, layer.feed_forward[0]);
+    x = norm_inputs(prefill, layer.feed_forward_norm_D, part, layer.feed_forward[0]);
     prefill.team.share(1, [&](int64_t) { group_all_rows(prefill); });
   } else {
     prefill.team.share(prefill.row_tiles(), [&](int64_t tile) {
+      timeline.turn_to(JAMBA_NORMS);
       norm_tile(prefill, layer.feed_forward_norm_D, tile, shared.normed + tile * TILE * D);
+      timeline.turn_to(JAMBA_ROUTER);
       choose_experts(prefill, layer, tile);
     });
     prefill.team.share(1, [&](int64_t) { group_rows(prefill, X); });
+    timeline.turn_to(part, JAMBA_CUTS_ROWS);
     prefill.team.share(used_tiles(prefill, X), [&](int64_t tile) {
       tile_rows(x, tile, {shared.normed, false, D}, shared.pair_rows + tile * TILE,
                 pairs_in(prefill, tile), 0);
     });
   }
 
+  timeline.turn_to(part);
   // Half as many outputs of two matrices; whole tiles of the words they become.
   const int64_t half = outputs_of_piece(experts * F, prefill.team.threads) / 2;
   const int64_t piece = half < 2 * TILE ? 2 * TILE : half, pieces = divide_up(F, piece);
@@ -157,6 +164,7 @@ inline void prefill_feed_forward(Prefill &prefill, const jamba_layer &layer) {
   });
 
   if (are_bytes(hidden.words)) {
+    const Doing doing(timeline, JAMBA_CUTS_ROWS);
     const RowSource source = {shared.wide_hidden, (bool)model.bfloat16, F};
     prefill.team.share(used_tiles(prefill, experts), [&](int64_t tile) {
       tile_rows(hidden, tile, source, RowsOfTile(tile).rows, pairs_in(prefill, tile), 0);

@@ -49,7 +49,9 @@ inline void give_logits(Prefill &prefill) {
   const int64_t D = model.D, V = model.V, count = call.num_logits;
   const float epsilon = (float)model.epsilon;
   float *const normed = prefill.local;
+  Timeline &timeline = prefill.team.timeline;
   const auto norm_rows = [&](int64_t first, int64_t rows) {
+    timeline.turn_to(JAMBA_NORMS);
     for (int64_t i = 0; i < rows; i++) {
       norm_row(prefill.shared.x + call.logit_rows[first + i] * D, model.final_norm_D, D, epsilon,
                normed + i * D);
@@ -57,8 +59,10 @@ inline void give_logits(Prefill &prefill) {
   };
   if (count <= TILE) {
     norm_rows(0, count);
+    timeline.turn_to(JAMBA_HEAD, JAMBA_CUTS_ROWS);
     const Operand x = prepare_operand(prefill.products.kernels, model.head, normed, D, count,
                                       model.bfloat16, normed + TILE * D);
+    timeline.turn_to(JAMBA_HEAD);
     prefill.team.share(divide_up(V, PIECE), [&](int64_t piece) {
       const Range range = piece_of(V, piece);
       multiply(model.head, range.first, range.last, x, FIRST_ROWS, count, call.logits + range.first,
@@ -72,8 +76,10 @@ inline void give_logits(Prefill &prefill) {
   };
   prefill.team.share(tiles_of(count), [&](int64_t tile) {
     norm_rows(tile * TILE, rows_of(tile));
+    timeline.turn_to(JAMBA_HEAD, JAMBA_CUTS_ROWS);
     tile_rows(x, tile, {normed, false, D}, RowsOfTile(0).rows, rows_of(tile), 0);
   });
+  timeline.turn_to(JAMBA_HEAD);
   share_outputs(prefill.products, prefill.team, model.head, x, tiles_of(count),
                 [&](int64_t tile, int64_t output, int64_t outputs, const float *results) {
                   store_tile(call.logits, false, V, tile * TILE, rows_of(tile), output, outputs,
@@ -86,9 +92,15 @@ inline void prefill(const jamba_step_call &call, const PrefillBuffers &shared,
   const jamba_model &model = *call.model;
   const PrefillScratch cut = cut_prefill_scratch(call, kernels);
   uint32_t *const weights = (uint32_t *)scratch, *const sums = weights + cut.weights;
-  Prefill mine = {call, model, shared, team, {kernels, weights, sums}, (float *)(sums + cut.sums)};
+  Prefill mine = {call,
+                  model,
+                  shared,
+                  team,
+                  {kernels, weights, sums, team.timeline},
+                  (float *)(sums + cut.sums)};
 
   if (kernels.begin != nullptr) kernels.begin();
+  team.timeline.turn_to(JAMBA_EMBEDDING);
   mine.team.share(mine.row_tiles(), [&](int64_t tile) {
     for (int64_t i = 0; i < mine.rows_of(tile); i++) {
       const int64_t m = tile * TILE + i;
@@ -103,6 +115,7 @@ inline void prefill(const jamba_step_call &call, const PrefillBuffers &shared,
   }
   if (call.num_logits > 0) give_logits(mine);
   if (kernels.end != nullptr) kernels.end();
+  team.timeline.charge();
 }
 
 }  // namespace jamba::JAMBA_PATH

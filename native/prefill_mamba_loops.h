@@ -91,8 +91,9 @@ inline void tile_channels(const Prefill &prefill, const TiledRows &out, const vo
 }
 
 // QUADS need the largest value of a row, and so all of its channels.
-inline void tile_exactly(Prefill &prefill, const TiledRows &out, const void *from) {
+inline void tile_exactly(Prefill &prefill, int32_t part, const TiledRows &out, const void *from) {
   if (!are_bytes(out.words)) return;
+  prefill.team.timeline.turn_to(part, JAMBA_CUTS_ROWS);
   const RowSource source = {from, (bool)prefill.model.bfloat16, prefill.model.C};
   prefill.team.share(prefill.row_tiles(), [&](int64_t tile) {
     tile_rows(out, tile, source, RowsOfTile(tile).rows, prefill.rows_of(tile), 0);
@@ -106,7 +107,9 @@ inline void prefill_mamba(Prefill &prefill, const jamba_layer &layer,
   const int64_t C = model.C, N = model.N, R = model.R, width = R + 2 * N;
   const bool half = model.bfloat16;
 
-  const TiledRows x = norm_inputs(prefill, layer.mixer_norm_D, layer.in_proj);
+  const TiledRows x = norm_inputs(prefill, layer.mixer_norm_D, JAMBA_IN_PROJ, layer.in_proj);
+  Timeline &timeline = prefill.team.timeline;
+  timeline.turn_to(JAMBA_IN_PROJ);
   share_outputs(prefill.products, prefill.team, layer.in_proj, x, prefill.row_tiles(),
                 [&](int64_t tile, int64_t output, int64_t count, const float *results) {
                   // The first half of the outputs is convolved, the second is the gate.
@@ -129,14 +132,18 @@ inline void prefill_mamba(Prefill &prefill, const jamba_layer &layer,
   const int64_t channel_pieces = divide_up(C, CHANNELS_OF_PIECE);
   prefill.team.share(channel_pieces, [&](int64_t piece) {
     const Range range = channels_of(model, piece);
+    timeline.turn_to(JAMBA_CONVOLUTION);
     for (int64_t b = 0; b < prefill.call.B; b++) {
       for (int64_t c = range.first; c < range.last; c += LANES) {
         convolve(prefill, layer, memories[b], b, c);
       }
     }
-    if (!are_bytes(u.words)) tile_channels(prefill, u, shared.u, range);
+    if (are_bytes(u.words)) return;
+    timeline.turn_to(JAMBA_X_PROJ, JAMBA_CUTS_ROWS);
+    tile_channels(prefill, u, shared.u, range);
   });
-  tile_exactly(prefill, u, shared.u);
+  tile_exactly(prefill, JAMBA_X_PROJ, u, shared.u);
+  timeline.turn_to(JAMBA_X_PROJ);
 
   // Few outputs: rows are shared out as well.
   constexpr int64_t FEW_TILES = 8, FEW_OUTPUTS = 64;
@@ -157,6 +164,7 @@ inline void prefill_mamba(Prefill &prefill, const jamba_layer &layer,
   const float epsilon = (float)model.epsilon;
   prefill.team.share(prefill.row_tiles(), [&](int64_t tile) {
     const int64_t rows = prefill.rows_of(tile);
+    timeline.turn_to(JAMBA_NORMS);
     for (int64_t i = 0; i < rows; i++) {
       const int64_t m = tile * TILE + i;
       const float *row = shared.selection + m * width;
@@ -164,6 +172,7 @@ inline void prefill_mamba(Prefill &prefill, const jamba_layer &layer,
       norm_row(row + R, layer.B_norm_N, N, epsilon, shared.B + m * N);
       norm_row(row + R + N, layer.C_norm_N, N, epsilon, shared.C + m * N);
     }
+    timeline.turn_to(JAMBA_DT_PROJ, JAMBA_CUTS_ROWS);
     tile_rows(dt, tile, {prefill.local, false, R}, RowsOfTile(0).rows, rows, 0);
   });
 
@@ -171,18 +180,22 @@ inline void prefill_mamba(Prefill &prefill, const jamba_layer &layer,
   prefill.team.share(channel_pieces, [&](int64_t piece) {
     const Range range = channels_of(model, piece);
     float *const steps = prefill.local, *const out = steps + prefill.call.M * CHANNELS_OF_PIECE;
+    timeline.turn_to(JAMBA_DT_PROJ);
     multiply_rows(prefill.products, layer.dt_proj, range.first, range.last, dt, 0,
                   prefill.row_tiles(), {},
                   [&](int64_t tile, int64_t output, int64_t count, const float *results) {
                     store_tile(steps, false, CHANNELS_OF_PIECE, tile * TILE, prefill.rows_of(tile),
                                output - range.first, count, results);
                   });
+    timeline.turn_to(JAMBA_SCAN);
     scan_rows(prefill, layer, memories, range, steps, out,
               out + prefill.call.M * CHANNELS_OF_PIECE);
-    if (!are_bytes(y.words)) tile_channels(prefill, y, shared.gate, range);
+    if (are_bytes(y.words)) return;
+    timeline.turn_to(JAMBA_OUT_PROJ, JAMBA_CUTS_ROWS);
+    tile_channels(prefill, y, shared.gate, range);
   });
-  tile_exactly(prefill, y, shared.gate);
-  add_to_stream(prefill, layer.out_proj, y);
+  tile_exactly(prefill, JAMBA_OUT_PROJ, y, shared.gate);
+  add_to_stream(prefill, JAMBA_OUT_PROJ, layer.out_proj, y);
 }
 
 }  // namespace jamba::JAMBA_PATH

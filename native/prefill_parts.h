@@ -49,12 +49,15 @@ inline void norm_tile(const Prefill &prefill, const float *weight, int64_t tile,
   }
 }
 
-// The stream, normalised, as `matrix` and others of its kind meet it.
-inline TiledRows norm_inputs(Prefill &prefill, const float *weight, const jamba_matrix &matrix) {
+// The stream, normalised, as `matrix` of part `part` and others of its kind meet it.
+inline TiledRows norm_inputs(Prefill &prefill, const float *weight, int32_t part,
+                             const jamba_matrix &matrix) {
   const TiledRows x = tiled(prefill, matrix, prefill.row_tiles(), prefill.shared.inputs);
   const int64_t D = prefill.model.D;
   prefill.team.share(prefill.row_tiles(), [&](int64_t tile) {
+    prefill.team.timeline.turn_to(JAMBA_NORMS);
     norm_tile(prefill, weight, tile, prefill.local);
+    prefill.team.timeline.turn_to(part, JAMBA_CUTS_ROWS);
     tile_rows(x, tile, {prefill.local, false, D}, RowsOfTile(0).rows, prefill.rows_of(tile), 0);
   });
   return x;
@@ -68,9 +71,11 @@ JAMBA_INLINE void add_row(float *x, float weight, const float *results, int64_t 
   }
 }
 
-// x += W y for all rows.
-inline void add_to_stream(Prefill &prefill, const jamba_matrix &matrix, const TiledRows &y) {
+// x += W y for all rows, as part `part`.
+inline void add_to_stream(Prefill &prefill, int32_t part, const jamba_matrix &matrix,
+                          const TiledRows &y) {
   const int64_t D = prefill.model.D;
+  prefill.team.timeline.turn_to(part);
   share_outputs(prefill.products, prefill.team, matrix, y, prefill.row_tiles(),
                 [&](int64_t tile, int64_t output, int64_t outputs, const float *results) {
                   for (int64_t i = 0; i < prefill.rows_of(tile); i++) {

@@ -24,7 +24,7 @@ inline void product_many(const jamba_product_call &call, const TileKernels &kern
     for (int64_t i = 0; i < TILE; i++) rows[i] = tile * TILE + i;
     tile_rows(x, tile, {call.x_MI, half, call.x_stride}, rows, rows_of(tile), 0);
   });
-  const Products with = {kernels, scratch, scratch + weight_words(MOST_OUTPUTS)};
+  const Products with = {kernels, scratch, scratch + weight_words(MOST_OUTPUTS), team.timeline};
   share_outputs(with, team, matrix, x, row_tiles,
                 [&](int64_t tile, int64_t output, int64_t count, const float *results) {
                   store_tile(call.y_MO, half, matrix.O, tile * TILE, rows_of(tile), output, count,

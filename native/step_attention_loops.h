@@ -158,6 +158,7 @@ inline void attention_layer(Step &step, const jamba_layer &layer, const jamba_me
   // One cut of the rows serves all three.
   const bool few = takes_few(step.kernels, layer.in_proj) &&
                    takes_few(step.kernels, layer.x_proj) && takes_few(step.kernels, layer.dt_proj);
+  step.team.timeline.turn_to(JAMBA_QKV_PROJ, JAMBA_CUTS_ROWS);
   const Operand x = prepare_operand(few ? step.kernels : NO_TILES, layer.in_proj, step.normed,
                                     model.D, M, model.bfloat16, step.operand);
   const int64_t query_pieces = divide_up(queries, PIECE), key_pieces = divide_up(width, PIECE);
@@ -168,6 +169,7 @@ inline void attention_layer(Step &step, const jamba_layer &layer, const jamba_me
   const auto place_in = [&](int64_t piece) {
     return piece < query_pieces ? piece : (piece - query_pieces) % key_pieces;
   };
+  step.team.timeline.turn_to(JAMBA_QKV_PROJ);
   const auto project = [&](int64_t piece, int64_t next) {
     const jamba_matrix &matrix = matrix_of(piece);
     const void *then = next < 0 ? nullptr : weights_of_piece(matrix_of(next), place_in(next));
@@ -183,6 +185,7 @@ inline void attention_layer(Step &step, const jamba_layer &layer, const jamba_me
   };
   step.team.share_runs(query_pieces + 2 * key_pieces, project, [] {});
 
+  step.team.timeline.turn_to(JAMBA_ATTENTION);
   // Row m of sequence b sees all that came before it, and itself.
   int64_t sequence[JAMBA_STEP_ROWS], seen[JAMBA_STEP_ROWS];
   for (int64_t b = 0; b < step.call.B; b++) {
@@ -204,7 +207,8 @@ inline void attention_layer(Step &step, const jamba_layer &layer, const jamba_me
     const int64_t m = task / model.H;
     join_pieces(step, m, task % model.H, divide_up(seen[m], KEYS_OF_PIECE));
   });
-  add_product(step, layer.out_proj, shared.y, [&] { fetch_feed_forward(step, layer); });
+  add_product(step, JAMBA_O_PROJ, layer.out_proj, shared.y,
+              [&] { fetch_feed_forward(step, layer); });
 }
 
 }  // namespace jamba::JAMBA_PATH

@@ -90,13 +90,18 @@ inline void feed_forward(Step &step, const jamba_layer &layer) {
   const jamba_model &model = step.model;
   const int64_t M = step.call.M, D = model.D, F = model.F;
   norm_stream(step, layer.feed_forward_norm_D);
+  Timeline &timeline = step.team.timeline;
+  const int32_t part = layer.experts > 0 ? JAMBA_EXPERTS : JAMBA_MLP;
+  if (layer.experts > 0) timeline.turn_to(JAMBA_ROUTER);
   const Pairs pairs = route(step, layer);
   const int64_t num_pairs = pairs.starts[pairs.active];
   const auto matrices_of = [&](int64_t a) { return layer.feed_forward + 3 * pairs.experts[a]; };
 
+  timeline.turn_to(part, JAMBA_CUTS_ROWS);
   const Operand x = prepare_operand(step.kernels, matrices_of(0)[0], step.normed, D, M,
                                     model.bfloat16, step.operand);
   const int64_t hidden_pieces = divide_up(F, PIECE);
+  timeline.turn_to(part);
   const auto rows_in = [&](int64_t task, int64_t next) {
     const int64_t a = task / hidden_pieces, start = pairs.starts[a];
     const int64_t count = pairs.starts[a + 1] - start;
@@ -123,8 +128,10 @@ inline void feed_forward(Step &step, const jamba_layer &layer) {
   step.team.share_runs(pairs.active * hidden_pieces, rows_in,
                        [&] { fetch_start(step, matrices_of(0)[2], divide_up(D, PIECE)); });
 
+  timeline.turn_to(part, JAMBA_CUTS_ROWS);
   const Operand hidden = prepare_operand(step.kernels, matrices_of(0)[2], step.shared.hidden, F,
                                          num_pairs, model.bfloat16, step.operand);
+  timeline.turn_to(part);
   const auto rows_out = [&](int64_t piece, int64_t next) {
     const Range range = piece_of(D, piece);
     for (int64_t a = 0; a < pairs.active; a++) {

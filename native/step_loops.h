@@ -66,6 +66,7 @@ inline void step(const jamba_step_call &call, const StepBuffers &shared, const T
                Upcoming{}};
   if (kernels.begin != nullptr) kernels.begin();
 
+  team.timeline.turn_to(JAMBA_EMBEDDING);
   team.share(call.M, [&](int64_t m) {
     unpack_row(model.embedding, call.ids_M[m], shared.x + m * model.D);
   });
@@ -76,12 +77,15 @@ inline void step(const jamba_step_call &call, const StepBuffers &shared, const T
     (layer.attends ? attention_layer : mamba_layer)(mine, layer, memories);
     feed_forward(mine, layer);
   }
+  team.timeline.turn_to(JAMBA_NORMS);
   for (int64_t i = 0; i < call.num_logits; i++) {
     norm_row(shared.x + call.logit_rows[i] * model.D, model.final_norm_D, model.D,
              (float)model.epsilon, mine.normed + i * model.D);
   }
+  team.timeline.turn_to(JAMBA_HEAD, JAMBA_CUTS_ROWS);
   const Operand x = prepare_operand(kernels, model.head, mine.normed, model.D, call.num_logits,
                                     model.bfloat16, operand);
+  team.timeline.turn_to(JAMBA_HEAD);
   const auto score = [&](int64_t piece, int64_t next) {
     const Range range = piece_of(model.V, piece);
     multiply(model.head, range.first, range.last, x, FIRST_ROWS, call.num_logits,
@@ -89,6 +93,7 @@ inline void step(const jamba_step_call &call, const StepBuffers &shared, const T
   };
   team.share_runs(divide_up(model.V, PIECE), score, [] {});
   if (kernels.end != nullptr) kernels.end();
+  team.timeline.charge();
 }
 
 }  // namespace jamba::JAMBA_PATH

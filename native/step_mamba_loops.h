@@ -83,6 +83,8 @@ inline void mamba_layer(Step &step, const jamba_layer &layer, const jamba_memory
   const StepBuffers &shared = step.shared;
 
   norm_stream(step, layer.mixer_norm_D);
+  Timeline &timeline = step.team.timeline;
+  timeline.turn_to(JAMBA_IN_PROJ, JAMBA_CUTS_ROWS);
   const Operand x = prepare_operand(step.kernels, layer.in_proj, step.normed, model.D, M,
                                     model.bfloat16, step.operand);
   const int64_t channel_pieces = divide_up(C, PIECE), width = R + 2 * N;
@@ -91,17 +93,21 @@ inline void mamba_layer(Step &step, const jamba_layer &layer, const jamba_memory
   const auto project = [&](int64_t piece, int64_t next) {
     const Range range = piece_of(C, piece);
     float *in = step.local, *window = in + M * PIECE;
+    timeline.turn_to(JAMBA_IN_PROJ);
     multiply(layer.in_proj, range.first, range.last, x, FIRST_ROWS, M, in, PIECE,
              weights_of(layer.in_proj, C + range.first));
     multiply(layer.in_proj, C + range.first, C + range.last, x, FIRST_ROWS, M,
              shared.gate + range.first, C, weights_of_piece(layer.in_proj, next));
+    timeline.turn_to(JAMBA_CONVOLUTION);
     for (int64_t b = 0; b < B; b++) convolve(step, layer, memories[b], b, range, in, window);
   };
   step.team.share_runs(channel_pieces, project,
                        [&] { fetch_start(step, layer.x_proj, selection_pieces, TILE); });
 
+  timeline.turn_to(JAMBA_X_PROJ, JAMBA_CUTS_ROWS);
   const Operand u =
       prepare_operand(step.kernels, layer.x_proj, shared.u, C, M, model.bfloat16, step.operand);
+  timeline.turn_to(JAMBA_X_PROJ);
   const auto select = [&](int64_t piece, int64_t next) {
     const int64_t first = piece * TILE, last = first + TILE < width ? first + TILE : width;
     multiply(layer.x_proj, first, last, u, FIRST_ROWS, M, shared.selection + first, width,
@@ -110,6 +116,7 @@ inline void mamba_layer(Step &step, const jamba_layer &layer, const jamba_memory
   step.team.share_runs(selection_pieces, select,
                        [&] { fetch_start(step, layer.dt_proj, channel_pieces); });
 
+  timeline.turn_to(JAMBA_NORMS);
   float *dt_MR = step.normed, *B_MN = dt_MR + M * R, *C_MN = B_MN + M * N;
   const float epsilon = (float)model.epsilon;
   for (int64_t m = 0; m < M; m++) {
@@ -118,19 +125,23 @@ inline void mamba_layer(Step &step, const jamba_layer &layer, const jamba_memory
     norm_row(row + R, layer.B_norm_N, N, epsilon, B_MN + m * N);
     norm_row(row + R + N, layer.C_norm_N, N, epsilon, C_MN + m * N);
   }
+  timeline.turn_to(JAMBA_DT_PROJ, JAMBA_CUTS_ROWS);
   const Operand dt =
       prepare_operand(step.kernels, layer.dt_proj, dt_MR, R, M, model.bfloat16, step.operand);
   const auto scan = [&](int64_t piece, int64_t next) {
     const Range range = piece_of(C, piece);
+    timeline.turn_to(JAMBA_DT_PROJ);
     multiply(layer.dt_proj, range.first, range.last, dt, FIRST_ROWS, M, step.local, PIECE,
              weights_of_piece(layer.dt_proj, next));
+    timeline.turn_to(JAMBA_SCAN);
     for (int64_t b = 0; b < B; b++) {
       scan_and_gate(step, layer, memories[b], b, range, step.local, B_MN, C_MN);
     }
   };
   step.team.share_runs(channel_pieces, scan,
                        [&] { fetch_start(step, layer.out_proj, divide_up(model.D, PIECE)); });
-  add_product(step, layer.out_proj, shared.y, [&] { fetch_feed_forward(step, layer); });
+  add_product(step, JAMBA_OUT_PROJ, layer.out_proj, shared.y,
+              [&] { fetch_feed_forward(step, layer); });
 }
 
 }  // namespace jamba::JAMBA_PATH

@@ -82,18 +82,22 @@ inline void norm_row(const float *x, const float *weight, int64_t width, float e
 }
 
 inline void norm_stream(const Step &step, const float *weight) {
+  step.team.timeline.turn_to(JAMBA_NORMS);
   const int64_t D = step.model.D;
   for (int64_t m = 0; m < step.call.M; m++) {
     norm_row(step.shared.x + m * D, weight, D, (float)step.model.epsilon, step.normed + m * D);
   }
 }
 
-// x += W y for all rows. Calls wait() before it waits for the other threads.
+// x += W y for all rows, as part `part`. Calls wait() before it waits for the other threads.
 template <typename Wait>
-inline void add_product(Step &step, const jamba_matrix &matrix, const float *y, const Wait &wait) {
+inline void add_product(Step &step, int32_t part, const jamba_matrix &matrix, const float *y,
+                        const Wait &wait) {
+  step.team.timeline.turn_to(part, JAMBA_CUTS_ROWS);
   const int64_t M = step.call.M, D = step.model.D;
   const Operand operand =
       prepare_operand(step.kernels, matrix, y, matrix.I, M, step.model.bfloat16, step.operand);
+  step.team.timeline.turn_to(part);
   const auto work = [&](int64_t piece, int64_t next) {
     const Range range = piece_of(D, piece);
     multiply(matrix, range.first, range.last, operand, FIRST_ROWS, M, step.local, PIECE,

@@ -7,6 +7,8 @@
 
 #include <stdint.h>
 
+#include "timeline.h"
+
 namespace jamba {
 
 // One per thread, sharing `taken`.
@@ -14,6 +16,7 @@ struct Team {
   int64_t threads;
   int64_t member;  // which of them this is
   int64_t *taken;  // a counter for each phase and thread, a cache line apart, all zero at the start
+  Timeline timeline = {};
 
   // Calls work(piece) for pieces of [0, count), and returns when every thread's are done.
   template <typename Work>
@@ -70,6 +73,7 @@ struct Team {
   inline __attribute__((always_inline)) void end_phase() {
     taken += COUNTER_STRIDE * threads;
     if (threads > 1) {
+      const Doing doing(timeline, JAMBA_WAITS);
 #pragma omp barrier
     }
   }

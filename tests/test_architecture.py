@@ -59,6 +59,7 @@ HOME_OF = {
     "gguf": {"checkpoint/gguf_blocks.py"},
     "ctypes": {
         "kernels/library.py",
+        "kernels/native_layers.py",
         "kernels/native_products.py",
         "kernels/native_step.py",
         "kernels/native_structs.py",

@@ -18,7 +18,8 @@ from jamba_lm.checkpoint.huggingface import write_decoder
 from jamba_lm.config import JambaConfig
 from jamba_lm.errors import InputError
 from jamba_lm.generation import generate
-from jamba_lm.kernels.native_step import STEP_ROWS, Floats
+from jamba_lm.kernels.native_layers import Floats
+from jamba_lm.kernels.native_step import STEP_ROWS
 from jamba_lm.language_model import load
 from jamba_lm.native_model import NativeModel, load_native, open_native
 from jamba_lm.native_plan import NativePlan

@@ -15,7 +15,8 @@ from torch import Tensor
 from jamba_lm import prefill as prefill_module
 from jamba_lm.errors import BackendUnavailable
 from jamba_lm.kernels.library import loaded_library
-from jamba_lm.kernels.native_step import STEP_ROWS, Floats
+from jamba_lm.kernels.native_layers import Floats
+from jamba_lm.kernels.native_step import STEP_ROWS
 from jamba_lm.kernels.native_structs import RowRounding
 from jamba_lm.language_model import LanguageModel
 from jamba_lm.model.state import SequenceState

@@ -7,7 +7,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from jamba_lm.kernels.native_step import Floats
+from jamba_lm.kernels.native_layers import Floats
 from jamba_lm.kernels.native_structs import F32_KIND, Matrix, MatrixStruct
 from jamba_lm.model.layout import plan_layers
 from jamba_lm.model.parameters import parameter_shapes

@@ -21,7 +21,8 @@ from jamba_lm.errors import CheckpointError, InputError
 from jamba_lm.gguf_file import is_gguf
 from jamba_lm.kernels.choice import requested_backend
 from jamba_lm.kernels.library import default_threads, find_library
-from jamba_lm.kernels.native_step import STEP_ROWS, Floats, StepModel
+from jamba_lm.kernels.native_layers import Floats, StepModel
+from jamba_lm.kernels.native_step import STEP_ROWS
 from jamba_lm.model.array_state import BFLOAT16, ArrayState
 from jamba_lm.model.call_arguments import require_ids, require_sequences
 from jamba_lm.model.layout import plan_layers

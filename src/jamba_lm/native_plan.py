@@ -8,10 +8,13 @@ M rows, B sequences, V vocabulary.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
-from jamba_lm.kernels.native_step import Floats, KeyMemory, MambaMemory, StepModel, run_step
+from jamba_lm.kernels.native_layers import Floats, StepModel
+from jamba_lm.kernels.native_step import KeyMemory, MambaMemory, run_step
+from jamba_lm.kernels.part_times import PartTimes
 from jamba_lm.model.sequence_memory import LayerMemory, RecurrentMemory, SequenceMemory
 
 L = TypeVar("L", bound=LayerMemory)
@@ -22,11 +25,13 @@ class NativePlan(ABC):
 
     Attributes:
         model: as it was described to the native code.
+        times: what calls add to while somebody asks where the time goes (`timed`); else None.
     """
 
     def __init__(self, model: StepModel) -> None:
         """Hold a description."""
         self.model = model
+        self.times: PartTimes | None = None
 
     @property
     @abstractmethod
@@ -57,11 +62,31 @@ class NativePlan(ABC):
             offsets.append(offsets[-1] + len(ids))
         ids_M = [one for ids in sequences for one in ids]
         logits = run_step(
-            self.model, ids_M, offsets, memories, logit_rows, threads=self.threads, path=path
+            self.model,
+            ids_M,
+            offsets,
+            memories,
+            logit_rows,
+            threads=self.threads,
+            path=path,
+            times=self.times,
         )
         for ids, state, layers in zip(sequences, states, after, strict=True):
             state.advance(layers, ids)
         return logits
+
+
+@contextmanager
+def timed(plan: NativePlan) -> Iterator[PartTimes]:
+    """Have every call of `plan` say where its time went, meanwhile.
+
+    A `Stepper` asks when it meets its sequences: one that is made within keeps telling.
+    """
+    plan.times = PartTimes(plan.threads)
+    try:
+        yield plan.times
+    finally:
+        plan.times = None
 
 
 def plan_memories(

@@ -16,8 +16,8 @@ from typing import Any
 
 import numpy as np
 
+from jamba_lm.kernels.native_layers import Floats
 from jamba_lm.kernels.native_prefill import run_prefill
-from jamba_lm.kernels.native_step import Floats
 from jamba_lm.model.sequence_memory import SequenceMemory
 from jamba_lm.native_plan import NativePlan, plan_memories
 
@@ -70,6 +70,7 @@ def prefill(
                 [row - first_row for row in rows],
                 threads=plan.threads,
                 path=path,
+                times=plan.times,
             )
         )
         for state, layers, part in zip(here, after, ids, strict=True):

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 from jamba_lm.config import JambaConfig
-from jamba_lm.kernels.native_step import Floats
+from jamba_lm.kernels.native_layers import Floats
 from jamba_lm.native_plan import NativePlan
 from jamba_lm.quantization.policy import Scheme
 

@@ -13,13 +13,7 @@ from typing import Protocol
 import numpy as np
 
 from jamba_lm.config import JambaConfig
-from jamba_lm.kernels.native_step import (
-    Floats,
-    MambaVectors,
-    StepLayer,
-    StepModel,
-    StepSizes,
-)
+from jamba_lm.kernels.native_layers import Floats, MambaVectors, StepLayer, StepModel, StepSizes
 from jamba_lm.kernels.native_structs import Matrix
 
 

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from jamba_lm.config import JambaConfig
 from jamba_lm.errors import BackendUnavailable
 from jamba_lm.kernels import native, ops
+from jamba_lm.kernels.native_layers import Floats
 from jamba_lm.kernels.native_matrix import describe_matrix, why_not_matrix
-from jamba_lm.kernels.native_step import Floats
 from jamba_lm.kernels.native_structs import Matrix, RowRounding
 from jamba_lm.kernels.packed_weights import Int4Weight, PackedWeight
 from jamba_lm.model.attention import AttentionMixer

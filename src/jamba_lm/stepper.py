@@ -16,14 +16,8 @@ from typing import Any
 
 import numpy as np
 
-from jamba_lm.kernels.native_step import (
-    MEMORY_WORDS,
-    STEP_ROWS,
-    Floats,
-    StepCall,
-    address_of,
-    words,
-)
+from jamba_lm.kernels.native_layers import Floats
+from jamba_lm.kernels.native_step import MEMORY_WORDS, STEP_ROWS, StepCall, address_of, words
 from jamba_lm.model.sequence_memory import (
     KeyValueChain,
     LayerMemory,
@@ -90,7 +84,7 @@ class Stepper:
         self._model.require_states(states)
         plan = self._model.step_plan()
         if plan is not self._plan and isinstance(plan, NativePlan):
-            self._call = StepCall(plan.model, plan.threads)
+            self._call = StepCall(plan.model, plan.threads, times=plan.times)
             self._arranged: tuple[list[int], list[int]] | None = None
             self._company = _Company()
         self._plan = plan

@@ -114,7 +114,7 @@ def test_a_step_is_limited_by_memory_and_a_prompt_by_arithmetic():
 @given(st.floats(1e9, 1e12), st.floats(1e9, 1e13))
 def test_a_floor_is_the_longer_of_the_two(read_bytes: float, amount: float):
     speeds = Speeds(1, read_bytes, {"fp32": amount, "bf16": amount, "int8": amount, "scan": amount})
-    work = Work("MLP", 3e9, 5e11, "bf16")
+    work = Work("MLP", 3e9, 5e11, "bf16", "MLP")
     assert work.floor(speeds) == max(3e9 / read_bytes, 5e11 / amount)
 
 

@@ -40,6 +40,41 @@ def test_a_back_end_that_is_named_is_the_one_that_is_told(capsys, tiny_checkpoin
     assert set(values["backends"].values()) == {"reference"}
 
 
+def test_the_parts_of_the_time_are_told_in_a_repetition_of_their_own(capsys, tiny_checkpoint):
+    command = ["bench", str(tiny_checkpoint), "--prompt-tokens", "40", "--new-tokens", "3"]
+    assert main([*command, "--repeats", "1", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["parts"] is None
+    assert main([*command, "--repeats", "1", "--parts", "--json"]) == 0
+    printed = capsys.readouterr()
+    values = json.loads(printed.out)["parts"]
+    for phase in ("prefill", "decode"):
+        parts = values[phase]["parts"]
+        assert {"in_proj", "scan", "attention", "head"} <= parts.keys()
+        assert 0 < sum(part["seconds"] for part in parts.values()) <= values[phase]["seconds"]
+        for part in parts.values():
+            details = [value for name, value in part.items() if name != "seconds"]
+            assert sum(details) == pytest.approx(part["seconds"])
+    told = printed.err.partition("a step of decode, ms")
+    for part in told[0].partition("prefill 40, ms")[2], told[2]:
+        lines = part.splitlines()
+        times = [
+            float(line[24:34])
+            for line in lines
+            if line[24:34].strip().endswith(tuple("0123456789"))
+        ]
+        assert len(times) == len(values["prefill"]["parts"]) + 1
+        assert times[:-1] == sorted(times[:-1], reverse=True)
+    scan = next(line for line in told[2].splitlines() if line.startswith("scan "))
+    assert f"{1e3 * values['decode']['parts']['scan']['seconds'] / 3:.3f}" in scan
+
+
+def test_parts_of_a_model_that_is_not_read_by_native_calls_are_refused(capsys, tiny_checkpoint):
+    assert main(["bench", str(tiny_checkpoint), "--parts", "--backend", "reference"]) == 2
+    printed = capsys.readouterr()
+    assert "only native calls say where their time goes" in printed.err
+    assert "tokens/s" not in printed.err
+
+
 @pytest.mark.parametrize(("batch", "prefill_tokens"), [(1, 16), (3, 16), (20, 16)])
 def test_a_repetition_reads_and_writes_what_the_workload_says(
     monkeypatch, batch: int, prefill_tokens: int

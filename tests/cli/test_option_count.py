@@ -34,7 +34,7 @@ OPTIONS = {
     "jamba generate": 24,
     "jamba chat": 19,
     "jamba score": 8,
-    "jamba bench": 11,
+    "jamba bench": 12,
     "jamba train": 0,
     "jamba train run": 7,
     "jamba train plot": 2,

@@ -69,12 +69,15 @@ class Work:
             Activations are not counted: they stay in the caches.
         amount: multiplications and additions, each counted; state updates for the scan.
         unit: in which limit `amount` is held against.
+        operation: which of the part's operations this is, where they are told apart: the
+            projections of a mixer; else the part itself.
     """
 
     part: Part
     num_bytes: float
     amount: float
     unit: Unit
+    operation: str
 
     def floor(self, speeds: Speeds) -> float:
         """Return the seconds that this takes at least."""
@@ -144,7 +147,8 @@ def head_work(config: JambaConfig, call: Call, weights: str) -> Work:
         if group.part == ("embedding" if config.tie_embeddings else "head")
     )
     unit = _unit(form, matrix)
-    return Work("head", tensor_bytes(matrix, form), 2.0 * call.sequences * values, unit)
+    amount = 2.0 * call.sequences * values
+    return _work("head", tensor_bytes(matrix, form), amount, unit)
 
 
 def layer_work(config: JambaConfig, spec: LayerSpec, call: Call, weights: str) -> list[Work]:
@@ -157,7 +161,7 @@ def layer_work(config: JambaConfig, spec: LayerSpec, call: Call, weights: str) -
     else:
         works += _products(config, form, "MLP", call.rows, "MLP")
     norm_bytes = 2.0 * config.d_model * form.bytes_per_value
-    works.append(Work("norms", norm_bytes, 0.0, "fp32"))
+    works.append(_work("norms", norm_bytes, 0.0, "fp32"))
     return works
 
 
@@ -168,8 +172,8 @@ def _mamba(config: JambaConfig, call: Call, form: WeightFormat) -> list[Work]:
     conv_state = 2.0 * width * call.sequences * C * (W - 1)
     return [
         *_products(config, form, "Mamba projections", call.rows, "Mamba"),
-        Work("convolution", conv_state + C * (W + 1) * width, 2.0 * call.rows * C * W, "fp32"),
-        Work("scan", scan_state + 4.0 * C * (N + 1), float(call.rows * C * N), "scan"),
+        _work("convolution", conv_state + C * (W + 1) * width, 2.0 * call.rows * C * W, "fp32"),
+        _work("scan", scan_state + 4.0 * C * (N + 1), float(call.rows * C * N), "scan"),
     ]
 
 
@@ -181,7 +185,7 @@ def _attention(config: JambaConfig, call: Call, form: WeightFormat) -> list[Work
     cache = 2.0 * call.sequences * seen * G * P * form.bytes_per_value
     return [
         *_products(config, form, "attention projections", call.rows, "attention"),
-        Work("attention", cache, 4.0 * pairs * H * P, _unit(form, None)),
+        _work("attention", cache, 4.0 * pairs * H * P, _unit(form, None)),
     ]
 
 
@@ -210,10 +214,24 @@ def _products(
             copies_read * tensor_bytes(group, form),
             2.0 * rows * group.values,
             _unit(form, group),
+            _operation(part, group),
         )
         for group in groups
     ]
     return _merged(works)
+
+
+def _operation(part: Part, group: TensorGroup) -> str:
+    """Name the projection of a mixer that a matrix is; those of one input are one operation."""
+    if not group.name.startswith("mixer."):
+        return part
+    name = group.name.removeprefix("mixer.").removesuffix(".weight")
+    return "qkv_proj" if name in ("q_proj", "k_proj", "v_proj") else name
+
+
+def _work(part: Part, num_bytes: float, amount: float, unit: Unit) -> Work:
+    """Return the work of a part of one operation."""
+    return Work(part, num_bytes, amount, unit, part)
 
 
 @functools.lru_cache(maxsize=16)
@@ -235,11 +253,11 @@ def _unit(form: WeightFormat, group: TensorGroup | None) -> Unit:
 
 
 def _merged(works: Iterable[Work]) -> list[Work]:
-    """Add up the work of each part and unit."""
-    sums: dict[tuple[Part, Unit], Work] = {}
+    """Add up the work of each operation and unit."""
+    sums: dict[tuple[str, Unit], Work] = {}
     for work in works:
-        key = (work.part, work.unit)
-        before = sums.get(key, Work(work.part, 0.0, 0.0, work.unit))
+        key = (work.operation, work.unit)
+        before = sums.get(key, replace(work, num_bytes=0.0, amount=0.0))
         sums[key] = replace(
             before,
             num_bytes=before.num_bytes + work.num_bytes,

@@ -12,9 +12,14 @@ from dataclasses import dataclass
 import numpy as np
 
 from jamba_lm.drafting.lookup import DraftCounts
+from jamba_lm.errors import InputError
 from jamba_lm.generation import Request, generate_batch
+from jamba_lm.kernels.part_times import PartTime, PartTimes
+from jamba_lm.native_plan import NativePlan, timed
 from jamba_lm.readable_model import ReadableModel
 from jamba_lm.stepper import Stepper
+
+Parts = dict[str, PartTime]
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,18 +48,57 @@ class Workload:
 
 @dataclass(frozen=True, slots=True)
 class Timing:
-    """Seconds that one repetition took, the bytes of its states at the end, and what it drafted."""
+    """What one repetition took.
+
+    Attributes:
+        prefill_seconds: to read the prompts.
+        decode_seconds: to write what follows.
+        state_bytes: of its states at the end.
+        drafting: what it drafted; None where it did not.
+        prefill_parts: seconds of each part of the model in `prefill_seconds`; what is missing from
+            them was spent around the native calls. None where nobody asked.
+        decode_parts: likewise.
+    """
 
     prefill_seconds: float
     decode_seconds: float
     state_bytes: int
     drafting: DraftCounts | None = None
+    prefill_parts: Parts | None = None
+    decode_parts: Parts | None = None
 
 
-def run_once(model: ReadableModel, workload: Workload) -> Timing:
+def plan_with_parts(model: ReadableModel) -> NativePlan:
+    """Return the plan of a model whose calls can say where their time goes.
+
+    Raises:
+        InputError: the model is not read by native calls, which alone can tell.
+    """
+    plan = model.step_plan()
+    if isinstance(plan, str):
+        raise InputError(f"only native calls say where their time goes: {plan}")
+    return plan
+
+
+def run_by_parts(model: ReadableModel, workload: Workload) -> Timing:
+    """Do the same as `run_once`, and ask every native call where its time went.
+
+    Raises:
+        InputError: as in `plan_with_parts`.
+    """
+    with timed(plan_with_parts(model)) as times:
+        return run_once(model, workload, times)
+
+
+def run_once(model: ReadableModel, workload: Workload, times: PartTimes | None = None) -> Timing:
     """Let fresh sequences read their prompts together, and then write together.
 
     Prompts are random tokens, and the likeliest token is taken each time.
+
+    Args:
+        model: what runs.
+        workload: what it does.
+        times: what native calls add their times to, where somebody asks.
     """
     size = workload.batch, workload.num_prompt_tokens
     prompts = np.random.default_rng(0).integers(model.config.vocab_size, size=size).tolist()
@@ -66,6 +110,7 @@ def run_once(model: ReadableModel, workload: Workload) -> Timing:
         logits_BV = model.next_logits(pieces, states)
     picked = np.asarray(logits_BV).argmax(axis=-1).tolist()
     read = time.perf_counter()
+    prefill_parts = take_parts(times)
     if workload.draft is not None:
         requests = [
             Request(
@@ -85,10 +130,22 @@ def run_once(model: ReadableModel, workload: Workload) -> Timing:
             calls=max(counts.calls for counts in found),
         )
         num_bytes = sum(state.num_bytes for state in states)
-        return Timing(read - started, written - read, num_bytes, drafting)
+        return Timing(
+            read - started, written - read, num_bytes, drafting, prefill_parts, take_parts(times)
+        )
     stepper, one_each = Stepper(model), [1] * workload.batch
     for _ in range(workload.num_new_tokens):
         logits = stepper.read([[token] for token in picked], one_each, states)
         picked = [int(logits_V.argmax()) for (logits_V,) in logits]
     written = time.perf_counter()
-    return Timing(read - started, written - read, sum(state.num_bytes for state in states))
+    num_bytes = sum(state.num_bytes for state in states)
+    return Timing(read - started, written - read, num_bytes, None, prefill_parts, take_parts(times))
+
+
+def take_parts(times: PartTimes | None) -> Parts | None:
+    """Return the seconds of each part so far, and begin anew."""
+    if times is None:
+        return None
+    parts = times.parts()
+    times.clear()
+    return parts

@@ -16,7 +16,7 @@ import numpy as np
 from jamba_lm.checkpoint.rename import public_name, public_shape
 from jamba_lm.checkpoint.weight_layout import find_weight_files
 from jamba_lm.config import JambaConfig
-from jamba_lm.kernels.native_step import Floats
+from jamba_lm.kernels.native_layers import Floats
 from jamba_lm.kernels.native_structs import (
     BF16_KIND,
     F32_KIND,

@@ -33,6 +33,13 @@ def bench(
     repeats: Annotated[int, typer.Option(help="Measurements, after one to warm up.")] = 3,
     prefill_tokens: PrefillOption = DEFAULT_PREFILL_TOKENS,
     draft: DraftOption = None,
+    parts: Annotated[
+        bool,
+        typer.Option(
+            "--parts",
+            help="Also say where the time goes, part by part, in one repetition more.",
+        ),
+    ] = False,
     threads: ThreadsOption = None,
     backend: BackendOption = None,
     dtype: DtypeOption = "auto",
@@ -43,8 +50,9 @@ def bench(
 
     The prompt is random tokens, and the likeliest token is taken each time: no tokenizer is needed.
     """
-    from jamba_lm.analysis.workload import Workload, run_once
+    from jamba_lm.analysis.workload import Workload, plan_with_parts, run_by_parts, run_once
     from jamba_lm.cli.output import Output
+    from jamba_lm.cli.part_table import part_lines, part_values
     from jamba_lm.errors import InputError
     from jamba_lm.model.layout import draw_layers
 
@@ -60,12 +68,19 @@ def bench(
     output = Output(json_wanted)
     workload = Workload(prompt_tokens, new_tokens, batch, prefill_tokens, draft)
     language_model = open_readable(model, dtype, backend, threads, quantize)
+    if parts:
+        plan_with_parts(language_model)
     output.note(draw_layers(language_model.config))
-    with output.progress("measuring", repeats + 1, "repetitions") as progress:
+    num_runs = repeats + 1 + parts
+    by_parts = None
+    with output.progress("measuring", num_runs, "repetitions") as progress:
         timings = []
         for done in range(repeats + 1):
             timings.append(run_once(language_model, workload))
             progress.update(done + 1)
+        if parts:
+            by_parts = run_by_parts(language_model, workload)
+            progress.update(num_runs)
     values = {
         "model": model,
         "workload": {
@@ -87,8 +102,12 @@ def bench(
         "dtype": language_model.type_name,
         "quantization": None if language_model.scheme is None else language_model.scheme.label,
         "backends": backends(language_model),
+        "parts": None if by_parts is None else part_values(by_parts),
     }
-    for line in table(values):
+    lines = table(values)
+    if by_parts is not None:
+        lines += part_lines(workload, by_parts)
+    for line in lines:
         output.line(line)
     output.result(values)
 

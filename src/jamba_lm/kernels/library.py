@@ -18,7 +18,7 @@ from jamba_lm.errors import BackendUnavailable
 LIBRARY_PATH = Path(__file__).with_name("libjamba_kernels.so")
 
 # JAMBA_ABI_VERSION of native/jamba_kernels.h: raised with every change of a struct or a function.
-ABI_VERSION = 6
+ABI_VERSION = 7
 
 _FUNCTIONS = (
     "jamba_selective_scan",

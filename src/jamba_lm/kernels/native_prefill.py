@@ -11,15 +11,9 @@ from collections.abc import Sequence
 import numpy as np
 
 from jamba_lm.kernels.library import loaded_library
-from jamba_lm.kernels.native_step import (
-    Floats,
-    KeyMemory,
-    MambaMemory,
-    StepModel,
-    address_of,
-    memory_words,
-    words,
-)
+from jamba_lm.kernels.native_layers import Floats, StepModel
+from jamba_lm.kernels.native_step import KeyMemory, MambaMemory, address_of, memory_words, words
+from jamba_lm.kernels.part_times import PartTimes, spent_address
 
 
 def run_prefill(
@@ -31,6 +25,7 @@ def run_prefill(
     *,
     threads: int,
     path: str | None = None,
+    times: PartTimes | None = None,
 ) -> Floats:
     """Run every layer and return the logits after `logit_rows`, `[len(logit_rows), V]`.
 
@@ -44,6 +39,7 @@ def run_prefill(
         logit_rows: rows whose logits are wanted, at most M; may be none.
         threads: to compute with.
         path: forces an instruction set, for tests.
+        times: what the call adds to, where somebody asks.
 
     Raises:
         BackendUnavailable: the library refused.
@@ -67,6 +63,7 @@ def run_prefill(
             len(logit_rows),
             address_of(rows),
             logits.ctypes.data,
+            spent_address(times, threads),
         )
     )
     library.call("jamba_prefill", call.tobytes())
