@@ -1,6 +1,6 @@
 """Where each microsecond of a decode step and of a prefill goes, held against its own floor.
 
-    python -m benchmarks.profile [--shape tiny] [--type bf16] [--batch 1] [--threads 2] [--out FILE]
+    python -m benchmarks.profile [--shape tiny] [--type bf16] [--batch 1] [--past 16] [--out FILE]
 
 A native call tells itself what its threads did, and when they waited for each other. The same step
 is also taken module by module, timed from outside: hooks on the modules, and timers around the
@@ -12,6 +12,7 @@ what the timers cost.
 from __future__ import annotations
 
 import argparse
+import functools
 import statistics
 import sys
 import time
@@ -126,23 +127,36 @@ def timers(
         )
 
 
-def phases(model: LanguageModel, batch: int, prompt_tokens: int) -> list[Phase]:
-    """Return what is profiled."""
+def phases(
+    model: LanguageModel, batch: int, prompt_tokens: int, past_tokens: int = 16
+) -> list[Phase]:
+    """Return what is profiled.
+
+    Args:
+        model: what runs.
+        batch: sequences at the same time.
+        prompt_tokens: that a prefill reads of each.
+        past_tokens: that each has read before it writes.
+    """
     prompts = random_ids(model.config.vocab_size, batch, prompt_tokens)
+    pasts = random_ids(model.config.vocab_size, batch, past_tokens)
+
+    @functools.cache
+    def read_states() -> list[SequenceState]:
+        states = fresh()
+        model.next_logits(pasts, states)
+        return states
 
     def fresh() -> list[SequenceState]:
         return [model.new_state() for _ in prompts]
 
-    def after_a_prompt() -> list[SequenceState]:
-        states = fresh()
-        model.next_logits([ids[:16] for ids in prompts], states)
-        return states
+    def after_the_past() -> list[SequenceState]:
+        return [state.fork() for state in read_states()]
 
     def write() -> Callable[[], object]:
-        stepper, states = Stepper(model), after_a_prompt()
-        first = [[ids[16 % len(ids)]] for ids in prompts]
+        stepper, states = Stepper(model), after_the_past()
         # The sequences are described once, by the first step.
-        stepper.read(first, [1] * batch, states)
+        stepper.read([ids[-1:] for ids in prompts], [1] * batch, states)
 
         def run() -> None:
             picked = [ids[0] for ids in prompts]
@@ -153,7 +167,7 @@ def phases(model: LanguageModel, batch: int, prompt_tokens: int) -> list[Phase]:
         return run
 
     def write_by_modules() -> Callable[[], object]:
-        states = after_a_prompt()
+        states = after_the_past()
 
         def run() -> None:
             ids_M = torch.tensor([ids[0] for ids in prompts])
@@ -167,7 +181,9 @@ def phases(model: LanguageModel, batch: int, prompt_tokens: int) -> list[Phase]:
     def read() -> Callable[[], object]:
         return partial(model.next_logits, prompts, fresh())
 
-    step, name = Call(batch, 1, 16), f"decode, batch {batch}"
+    step, name = Call(batch, 1, past_tokens), f"decode, batch {batch}"
+    if past_tokens != 16:
+        name += f", after {past_tokens:,} tokens"
     prompt = Call(batch, prompt_tokens, 0)
     return [
         Phase(name, step, STEPS, True, write),
@@ -265,6 +281,8 @@ def main() -> None:
     parser.add_argument("--type", choices=TYPES, default="bf16", dest="weights")
     parser.add_argument("--batch", type=int, default=1, help="sequences at the same time")
     parser.add_argument("--prompt", type=int, default=512, help="tokens of the prefill")
+    parser.add_argument("--past", type=int, default=16, help="tokens before a decode step")
+    parser.add_argument("--phases", choices=("all", "decode"), default="all")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--samples", type=int, default=7, help="quiet samples wanted")
     parser.add_argument("--seconds", type=float, default=60.0, help="most time for a phase")
@@ -278,7 +296,8 @@ def main() -> None:
     speeds = speeds_now(model.config, options.weights, options.threads)
     record: dict[str, Any] = {"hardware": hardware(), "speeds": asdict(speeds), "phases": {}}
     contaminated = False
-    for phase in phases(model, options.batch, options.prompt):
+    wanted = phases(model, options.batch, options.prompt, options.past)
+    for phase in wanted if options.phases == "all" else wanted[:1]:
         patience = Patience(options.samples, 60, options.seconds)
         verdicts, taken = profile(model, phase, watch, patience)
         floors: dict[str, float] = defaultdict(float)

@@ -15,13 +15,28 @@ from typing import Any
 
 import torch
 
+import jamba_lm
 from jamba_lm.analysis.processor import this_processor
 
 ROOT = Path(__file__).resolve().parent.parent
+PACKAGE = Path(jamba_lm.__file__).resolve().parent
+
+
+def require_same_checkout(package: Path = PACKAGE, root: Path = ROOT) -> None:
+    """End the program when it would measure another checkout than the one whose commit it tells.
+
+    An editable install is found before `PYTHONPATH`, and a clone has the benchmarks of its own.
+    """
+    if not package.is_relative_to(root):
+        sys.exit(
+            f"error: the programs of {root} would measure the package in {package}; "
+            "make setup there, and use its .venv"
+        )
 
 
 def require_green(*tests: str) -> None:
     """Run tests, and end the program when one fails: a wrong result has no speed."""
+    require_same_checkout()
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "--no-header", *tests], cwd=ROOT, check=False
     )
@@ -31,6 +46,7 @@ def require_green(*tests: str) -> None:
 
 def hardware() -> dict[str, Any]:
     """Describe the machine and the software, for the record."""
+    require_same_checkout()
     processor = this_processor()
     git = shutil.which("git")
     commit = "unknown"

@@ -37,6 +37,11 @@ JAMBA_INLINE T shared(T v) {
 // Has the cache line of `p` fetched.
 JAMBA_INLINE void fetch(const void *p) { __builtin_prefetch(p, 0, 3); }
 
+// Has `bytes` from `p` on fetched, into the second-level cache.
+JAMBA_INLINE void fetch_bytes(const void *p, int64_t bytes) {
+  for (int64_t b = 0; b < bytes; b += 64) __builtin_prefetch((const char *)p + b, 0, 2);
+}
+
 // How far ahead of what is read next weights are asked for, in bytes.
 constexpr int64_t FAR = 8192;
 

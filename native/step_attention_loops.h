@@ -3,6 +3,7 @@
 #ifndef JAMBA_STEP_ATTENTION_LOOPS_H
 #define JAMBA_STEP_ATTENTION_LOOPS_H
 
+#include "key_loops.h"
 #include "step_parts.h"
 
 namespace jamba::JAMBA_PATH {
@@ -39,92 +40,60 @@ inline void remember(const Step &step, const jamba_memory *memories, bool keys, 
   }
 }
 
-// Scores of one query head group with `count` keys from `position` on, at most LANES of them.
-inline void score_keys(const Step &step, const float *q, KeyCursor &cursor, int64_t group,
-                       int64_t heads, int64_t position, int64_t count, float *scores) {
+// What attention of one group of heads to one piece of the keys gives, for QUERIES heads from
+// `head` on: the largest score, the sum of weights and the weighted sum of values.
+template <bool HALF, int QUERIES>
+inline void attend_heads(const Step &step, const KeyRun &keys, const KeyRun &values, int64_t m,
+                         int64_t head, float *out) {
   const jamba_model &model = step.model;
-  const int64_t P = model.P, width = model.G * P;
-  const void *keys[LANES];
-  int64_t rows[LANES];
-  for (int64_t s = 0; s < count; s++) {
-    rows[s] = cursor.row_of(position + s);
-    keys[s] = cursor.memory.blocks[cursor.block].keys;
+  const int64_t P = model.P, size = P + 2, stride = arranged_floats(P);
+  float *const scores = step.local, *const queries = scores + MOST_QUERIES * KEYS_OF_PIECE;
+  for (int q = 0; q < QUERIES; q++) {
+    arrange_query<HALF>(step.shared.q + (m * model.H + head + q) * P, P, queries + q * stride);
   }
-  for (int64_t h = 0; h < heads; h++) {
-    Vec products[LANES] = {};
-    for (int64_t i = 0; i < P; i += LANES) {
-      const int64_t left = lanes_left(P, i);
-      const Vec query = load_as<false>(q, h * P + i, left);
-      for (int64_t s = 0; s < count; s++) {
-        const Vec key = load_any(keys[s], model.bfloat16, rows[s] * width + group * P + i, left);
-        products[s] = fma(query, key, products[s]);
-      }
-    }
-    store_as<false>(scores, h * KEYS_OF_PIECE, count,
-                    sum_each(products) * (float)model.attention_scale);
+  score_keys<HALF, QUERIES>(keys, queries, stride, (float)model.attention_scale, scores,
+                            KEYS_OF_PIECE);
+  for (int q = 0; q < QUERIES; q++) {
+    const Weighed weighed = weigh_scores(scores + q * KEYS_OF_PIECE, keys.count);
+    out[q * size] = weighed.largest;
+    out[q * size + 1] = weighed.sum;
   }
+  sum_values<HALF, QUERIES>(values, scores, KEYS_OF_PIECE, out + 2, size);
 }
 
-// Adds what heads [0, HEADS) of a group take from the values of one piece, LANES of P at a time.
-template <int HEADS>
-inline void take_values(const Step &step, KeyCursor cursor, int64_t at, int64_t left,
-                        int64_t position, int64_t count, const float *weights, float *out,
-                        int64_t out_stride) {
-  const jamba_model &model = step.model;
-  const int64_t width = model.G * model.P;
-  Vec sums[HEADS] = {};
-  for (int64_t s = 0; s < count; s++) {
-    const int64_t row = cursor.row_of(position + s);
-    const Vec value =
-        load_any(cursor.memory.blocks[cursor.block].values, model.bfloat16, row * width + at, left);
-    for (int h = 0; h < HEADS; h++) {
-      sums[h] = fma(set(weights[h * KEYS_OF_PIECE + s]), value, sums[h]);
-    }
-  }
-  for (int h = 0; h < HEADS; h++) store_as<false>(out, h * out_stride, left, sums[h]);
-}
-
-// Attention of row `m` to one piece of the keys: for every head the largest score, the sum of
-// weights and the weighted sum of values.
+// Attention of row `m` to one piece of the keys.
+template <bool HALF>
 inline void attend_piece(const Step &step, const jamba_memory &memory, int64_t m, int64_t piece,
-                         Range keys) {
+                         Range range) {
   const jamba_model &model = step.model;
-  const int64_t P = model.P, heads = model.H / model.G, size = P + 2, count = keys.count();
-  float *scores = step.local;
+  const int64_t P = model.P, heads = model.H / model.G, size = P + 2, count = range.count();
+  const int64_t bytes = model.G * P * (HALF ? 2 : 4);
+  const void *keys[KEYS_OF_PIECE], *values[KEYS_OF_PIECE];
+  KeyCursor cursor = {memory};
+  for (int64_t s = 0; s < count; s++) {
+    const int64_t row = cursor.row_of(range.first + s);
+    const jamba_key_block &block = memory.blocks[cursor.block];
+    keys[s] = (const char *)block.keys + row * bytes;
+    values[s] = (const char *)block.values + row * bytes;
+  }
   float *out = step.shared.partial + (m * step.shared.key_pieces + piece) * model.H * size;
-  for (int64_t group = 0; group < model.G; group++) {
-    const float *q = step.shared.q + (m * model.H + group * heads) * P;
-    KeyCursor cursor = {memory};
-    for (int64_t s = 0; s < count; s += LANES) {
-      score_keys(step, q, cursor, group, heads, keys.first + s, lanes_left(count, s), scores + s);
-    }
-    float *group_out = out + group * heads * size;
-    for (int64_t h = 0; h < heads; h++) {
-      float *row = scores + h * KEYS_OF_PIECE;
-      float largest = row[0];
-      for (int64_t s = 1; s < count; s++) largest = row[s] > largest ? row[s] : largest;
-      Vec sum = {};
-      for (int64_t s = 0; s < count; s += LANES) {
-        const int64_t left = lanes_left(count, s);
-        Vec weight = exp_nonpositive(load_as<false>(row, s, left) - largest);
-        for (int64_t l = left; l < LANES; l++) weight[l] = 0;
-        store_as<false>(row, s, left, weight);
-        sum = sum + weight;
-      }
-      group_out[h * size] = largest;
-      group_out[h * size + 1] = total(sum);
-    }
-    for (int64_t i = 0; i < P; i += LANES) {
-      const int64_t at = group * P + i, left = lanes_left(P, i);
-      int64_t h = 0;
-      for (; h + 4 <= heads; h += 4) {
-        take_values<4>(step, {memory}, at, left, keys.first, count, scores + h * KEYS_OF_PIECE,
-                       group_out + h * size + 2 + i, size);
-      }
-      for (; h < heads; h++) {
-        take_values<1>(step, {memory}, at, left, keys.first, count, scores + h * KEYS_OF_PIECE,
-                       group_out + h * size + 2 + i, size);
-      }
+  const int64_t rows_ahead = bytes < FAR ? FAR / bytes : 1;
+  for (int64_t head = 0, queries; head < model.H; head += queries) {
+    const int64_t group = head / heads, left = (group + 1) * heads - head;
+    queries = left < MOST_QUERIES ? left : MOST_QUERIES;
+    // Whoever reads first asks for all of a row: later it is in the second-level cache.
+    const int64_t ahead = head == 0 ? rows_ahead : 0;
+    const KeyRun key_run = {keys, count, group * P, P, bytes, ahead};
+    const KeyRun value_run = {values, count, group * P, P, bytes, ahead};
+    for (int64_t s = 0; s < ahead && s < count; s++) fetch_bytes(values[s], bytes);
+    float *const of_heads = out + head * size;
+    switch (queries) {
+      case 1: attend_heads<HALF, 1>(step, key_run, value_run, m, head, of_heads); break;
+      case 2: attend_heads<HALF, 2>(step, key_run, value_run, m, head, of_heads); break;
+#if defined(__AVX512F__)
+      case 3: attend_heads<HALF, 3>(step, key_run, value_run, m, head, of_heads); break;
+      case 4: attend_heads<HALF, 4>(step, key_run, value_run, m, head, of_heads); break;
+#endif
     }
   }
 }
@@ -196,11 +165,14 @@ inline void attention_layer(Step &step, const jamba_layer &layer, const jamba_me
       seen[m] = tokens - (step.call.offsets[b + 1] - 1 - m);
     }
   }
+  // Rows of one sequence read the same piece one after the other.
   step.team.share(M * shared.key_pieces, [&](int64_t task) {
-    const int64_t m = task / shared.key_pieces, piece = task % shared.key_pieces;
+    const int64_t m = task % M, piece = task / M;
     const int64_t first = piece * KEYS_OF_PIECE, end = first + KEYS_OF_PIECE;
     if (first < seen[m]) {
-      attend_piece(step, memories[sequence[m]], m, piece, {first, end < seen[m] ? end : seen[m]});
+      const Range range = {first, end < seen[m] ? end : seen[m]};
+      (model.bfloat16 ? attend_piece<true> : attend_piece<false>)(step, memories[sequence[m]], m,
+                                                                  piece, range);
     }
   });
   step.team.share(M * model.H, [&](int64_t task) {

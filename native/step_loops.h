@@ -32,7 +32,8 @@ inline StepScratch cut_scratch(const jamba_step_call &call) {
     if (model.layers[i].experts > experts) experts = model.layers[i].experts;
   }
   const int64_t gates = 2 * pairs * PIECE, window = (model.W - 1 + call.M) * PIECE;
-  const int64_t scores = model.H * KEYS_OF_PIECE, probabilities = call.M * experts;
+  const int64_t scores = MOST_QUERIES * (KEYS_OF_PIECE + arranged_floats(model.P));
+  const int64_t probabilities = call.M * experts;
   return {
       cache_line_floats(call.M * (model.D > selection ? model.D : selection)),
       cache_line_floats(operand_floats(pairs, largest_inputs(model))),

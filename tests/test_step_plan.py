@@ -227,6 +227,35 @@ def test_a_model_that_has_no_step_says_why_and_runs(arm: str, changes: dict, rea
     assert model.next_logits([[1, 2]], [model.new_state()]).isfinite().all()
 
 
+# Heads that share keys in threes, sevens and alone; widths that fill no vector, and more than two.
+HEADS = [(3, 1, 48), (7, 1, 20), (4, 4, 33), (10, 2, 80)]
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize(("heads", "groups", "width"), HEADS)
+def test_heads_of_any_number_and_width_attend(heads: int, groups: int, width: int, path: str):
+    config = SMALL.replace(num_heads=heads, num_kv_heads=groups, d_head=width)
+    model = shaken_model(config)
+    lengths, tails = [601, 14], [[1, 2, 3, 4], [5]]
+    ours, theirs = read_prompts(model, lengths), read_prompts(model, lengths)
+    found = run(plan_of(model), tails, ours, range(5), path=path)
+    assert_within(found, by_modules(model, tails, theirs), STEP["fp32"], "float32")
+
+    model = shaken_model(config, dtype="bf16")
+    exact = shaken_model(config, dtype="bf16")
+    exact.decoder.float()
+    prompt = random_ids(config, 530, seed=3)
+    states = [model.new_state(), model.new_state()]
+    plan = plan_of(model)
+    for state in states:
+        by_modules(model, [prompt[:520]], [state])
+    step = run(plan, [prompt[520:]], states[:1], range(10), path=path)
+    modules = by_modules(model, [prompt[520:]], states[1:])
+    expected = by_modules(exact, [prompt], None)[520:]
+    error, theirs_error = (float((x - expected).abs().median()) for x in (step, modules))
+    assert error <= 1.25 * theirs_error, f"{error:.2e}, modules {theirs_error:.2e}"
+
+
 @pytest.mark.parametrize("path", PATHS)
 def test_scores_of_two_pieces_of_keys_may_lie_far_apart(path: str):
     # By hundreds, where exp of the difference is beyond float32.
