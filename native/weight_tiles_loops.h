@@ -110,6 +110,22 @@ inline void tile_nibbles(const jamba_matrix &matrix, int64_t row, int64_t begin,
     memcpy(line, &found, sizeof found);
   }
 }
+
+// Inputs [begin, begin + 32 lines) of a row of INT8 as lines of PAIRS, TILE_WORDS apart. Of seven
+// bits and a sign nothing is rounded away.
+inline void tile_bytes(const jamba_matrix &matrix, int64_t row, int64_t begin, int64_t lines,
+                       uint32_t *line) {
+  const int8_t *bytes = (const int8_t *)matrix.values + row * matrix.I + begin;
+  for (int64_t t = 0; t < lines; t++, bytes += 2 * TILE, line += TILE_WORDS) {
+    __m256i packed;
+    memcpy(&packed, bytes, sizeof packed);
+    // Two of 16 bits in each word: the first of a pair is the low half.
+    const IntVec both = (IntVec)_mm512_cvtepi8_epi16(packed);
+    const WordVec first = (WordVec)as_floats(both << 16 >> 16);
+    const WordVec second = (WordVec)as_floats(both >> 16);
+    store((float *)line, (Vec)(first >> 16 | (second & 0xffff0000u)));
+  }
+}
 #endif
 
 typedef uint8_t Half __attribute__((vector_size(TILE), may_alias));
@@ -171,6 +187,11 @@ inline void tile_weights(const jamba_matrix &matrix, Words words, int64_t first,
     if (row < last && matrix.kind == JAMBA_INT4 && words == Words::PAIRS) {
       // A line is one block of 32 inputs, and rows are whole blocks.
       tile_nibbles(matrix, row, begin, whole, line);
+      line += whole * TILE_WORDS;
+      t = whole;
+    }
+    if (row < last && matrix.kind == JAMBA_INT8 && words == Words::PAIRS) {
+      tile_bytes(matrix, row, begin, whole, line);
       line += whole * TILE_WORDS;
       t = whole;
     }
