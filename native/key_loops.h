@@ -74,7 +74,10 @@ struct KeyRun {
   int64_t rows_ahead;  // how far ahead rows are asked for; 0 where they are near already
 };
 
-// Has a row asked for that is read FAR bytes after row `key`.
+// How far ahead of a row that is read others are asked for, in bytes.
+constexpr int64_t FAR_KEYS = 8192;
+
+// Has a row asked for that is read so far after row `key`.
 JAMBA_INLINE void fetch_ahead_of(const KeyRun &run, int64_t key) {
   if (run.rows_ahead == 0 || key + run.rows_ahead >= run.count) return;
   fetch_bytes(run.rows[key + run.rows_ahead], run.row_bytes);

@@ -77,7 +77,7 @@ inline void attend_piece(const Step &step, const jamba_memory &memory, int64_t m
     values[s] = (const char *)block.values + row * bytes;
   }
   float *out = step.shared.partial + (m * step.shared.key_pieces + piece) * model.H * size;
-  const int64_t rows_ahead = bytes < FAR ? FAR / bytes : 1;
+  const int64_t rows_ahead = bytes < FAR_KEYS ? FAR_KEYS / bytes : 1;
   for (int64_t head = 0, queries; head < model.H; head += queries) {
     const int64_t group = head / heads, left = (group + 1) * heads - head;
     queries = left < MOST_QUERIES ? left : MOST_QUERIES;
