@@ -98,6 +98,8 @@ def test_seconds_are_a_mean_over_threads():
     words[size // 2 + 5 : size // 2 + 10] = 1e9, 0, 0, 4e9, 1e9
     assert times.parts() == {PARTS[1]: PartTime(1.0, 0.0, 1.0, 2.0, 0.5)}
     assert times.parts()[PARTS[1]].whole == 4.5
+    words[size // 2 :] = 0
+    assert times.parts() == {PARTS[1]: PartTime(1.0, 0.0, 2.0, 0.0, 0.0)}, "the other was idle"
 
 
 def test_times_of_fewer_threads_are_refused(monkeypatch: pytest.MonkeyPatch):

@@ -84,17 +84,20 @@ class PartTimes:
             self._nanoseconds[index] = 0
 
     def parts(self) -> dict[str, PartTime]:
-        """Return seconds of the parts that took any, a mean over threads.
+        """Return seconds of the parts that took any, a mean over the threads that had work.
 
-        Every thread is always somewhere, so the sum is the time that the calls took.
+        Each of them is always somewhere, so the sum is the time that the calls took. A small model
+        takes its steps with fewer threads than it was given.
         """
         size = len(PARTS) * _ACTIVITIES
+        spent = self._nanoseconds
+        worked = sum(any(spent[first : first + size]) for first in range(0, len(spent), size))
         found = {}
         for index, part in enumerate(PARTS):
             first = index * _ACTIVITIES
             time = PartTime(
                 *(
-                    _NANO * sum(self._nanoseconds[first + one :: size]) / self.threads
+                    _NANO * sum(spent[first + one :: size]) / max(1, worked)
                     for one in range(_ACTIVITIES)
                 )
             )
