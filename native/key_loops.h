@@ -77,13 +77,14 @@ struct KeyRun {
 // How far ahead of a row that is read others are asked for, in bytes.
 constexpr int64_t FAR_KEYS = 8192;
 
-// Has a row asked for that is read so far after row `key`.
+// Has the row asked for that is read so far after row `key`.
 JAMBA_INLINE void fetch_ahead_of(const KeyRun &run, int64_t key) {
   if (run.rows_ahead == 0 || key + run.rows_ahead >= run.count) return;
   fetch_bytes(run.rows[key + run.rows_ahead], run.row_bytes);
 }
 
-// scores[query][key] = scale * query . key; zero up to the end of the last vector of keys.
+// scores[query][key] = scale * query . key. What fills the last vector is the score of the last
+// key, which makes no difference to the largest.
 template <bool HALF, int QUERIES>
 inline void score_keys(const KeyRun &run, const float *queries, int64_t query_stride, float scale,
                        float *scores, int64_t score_stride) {
@@ -170,8 +171,8 @@ inline void sum_channels(const KeyRun &run, int64_t c, const float *weights, int
   }
   for (int q = 0; q < QUERIES; q++) {
     for (int64_t i = 0; i < LOADS * CHANNELS && c + i < run.P; i++) {
-      const int64_t load = i / CHANNELS, within = i % CHANNELS;
-      const Vec &from = sum[q][load * VECS + (HALF ? within % 2 : 0)];
+      const int64_t within = i % CHANNELS;
+      const Vec &from = sum[q][i / CHANNELS * VECS + (HALF ? within % 2 : 0)];
       out[q * out_stride + c + i] = from[HALF ? within / 2 : within];
     }
   }
