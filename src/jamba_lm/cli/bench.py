@@ -16,6 +16,7 @@ from jamba_lm.cli.options import (
     ModelArgument,
     QuantizeOption,
     ThreadsOption,
+    note_slow_type,
     open_readable,
 )
 from jamba_lm.cli.sampling_options import DEFAULT_PREFILL_TOKENS, DraftOption, PrefillOption
@@ -68,6 +69,7 @@ def bench(
     output = Output(json_wanted)
     workload = Workload(prompt_tokens, new_tokens, batch, prefill_tokens, draft)
     language_model = open_readable(model, dtype, backend, threads, quantize)
+    note_slow_type(output, language_model, backend)
     if parts:
         plan_with_parts(language_model)
     output.note(draw_layers(language_model.config))

@@ -22,6 +22,7 @@ from jamba_lm.cli.options import (
     QuantizeOption,
     ThreadsOption,
     model_folder,
+    note_slow_type,
     open_model,
     open_readable,
 )
@@ -119,6 +120,7 @@ def chat(
     tokenizer = load_tokenizer(folder)
     wishes = (model, dtype, backend, threads, quantize, adapter)
     language_model = open_readable(*wishes)
+    note_slow_type(output, language_model, backend)
     conversation = Conversation(
         language_model,
         tokenizer,

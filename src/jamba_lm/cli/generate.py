@@ -17,6 +17,7 @@ from jamba_lm.cli.options import (
     QuantizeOption,
     ThreadsOption,
     model_folder,
+    note_slow_type,
     open_readable,
 )
 from jamba_lm.cli.sampling_options import (
@@ -130,6 +131,7 @@ def generate(
     tokenizer = load_tokenizer(folder)
     language_model = open_readable(model, dtype, backend, threads, quantize, adapter)
     load_seconds = time.perf_counter() - started
+    note_slow_type(output, language_model, backend)
     said = [{"role": "user", "content": text}]
     if system is not None:
         said.insert(0, {"role": "system", "content": system})

@@ -15,6 +15,7 @@ from jamba_lm.errors import CheckpointError, InputError
 from jamba_lm.files import path_kind
 
 if TYPE_CHECKING:
+    from jamba_lm.cli.output import Output
     from jamba_lm.language_model import LanguageModel
     from jamba_lm.readable_model import ReadableModel
 
@@ -150,3 +151,14 @@ def open_readable(
         if not isinstance(found, str):
             return found
     return open_model(model, dtype, backend, threads, quantize, adapter)
+
+
+def note_slow_type(output: Output, model: ReadableModel, backend: str | None) -> None:
+    """Say so when nothing but its type keeps a model from being read by native calls."""
+    from jamba_lm.kernels.choice import requested_backend
+
+    if model.type_name == "float16" and (backend or requested_backend()) is None:
+        output.note(
+            "note: this model is in fp16, which no native call reads: --dtype bf16 or fp32 is many "
+            "times faster"
+        )
