@@ -14,10 +14,11 @@ namespace jamba::JAMBA_PATH {
 // Queries that meet a key, and keys that are scored, at the same time: their sums, and what they
 // are made of, fill the registers.
 #if defined(__AVX512F__)
-constexpr int MOST_QUERIES = 4, SCORED_KEYS = 4;
+constexpr int MOST_QUERIES = 4;
 #else
-constexpr int MOST_QUERIES = 2, SCORED_KEYS = 4;
+constexpr int MOST_QUERIES = 2;
 #endif
+constexpr int SCORED_KEYS = 4;
 
 // Channels that come with one load of a key, and the vectors that they become.
 template <bool HALF>
