@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jamba_lm.continuation import GeneratedToken, Request
+from jamba_lm.drafting.lookup import TOGETHER, LookupDrafter
 from jamba_lm.drafting.policy import LONGEST_DRAFT, MOST_ROWS
 from jamba_lm.errors import InputError
 from jamba_lm.generation import generate, generate_batch
@@ -240,6 +241,47 @@ def test_the_counts_grow_with_the_calls_and_end_with_all_of_them(model, calls):
     assert [one.calls for one in counts] == sorted(one.calls for one in counts)
     assert counts[-1].calls == len(calls)
     assert counts[-1].calls + counts[-1].accepted == len(tokens)
+
+
+@pytest.fixture
+def looked_after(monkeypatch) -> list[int]:
+    """How many tokens a sequence had written since it was last looked at, for every later look."""
+    found: list[int] = []
+    written: dict[int, int] = {}
+    wish, push = LookupDrafter.wish, LookupDrafter.push
+
+    def counted_wish(self, *arguments):
+        if not self.tokens_to_rest:
+            found.extend([written[id(self)]] if id(self) in written else [])
+            written[id(self)] = 0
+        return wish(self, *arguments)
+
+    def counted_push(self, token):
+        if id(self) in written:
+            written[id(self)] += 1
+        push(self, token)
+
+    monkeypatch.setattr(LookupDrafter, "wish", counted_wish)
+    monkeypatch.setattr(LookupDrafter, "push", counted_push)
+    return found
+
+
+@pytest.mark.parametrize("prompt_lengths", [(30,), (30, 21), (30, 21, 12)])
+def test_text_that_repeats_nothing_is_left_alone_for_some_calls_and_no_longer(
+    model, looked_after, prompt_lengths
+):
+    # Beside the others one that never drafts. Prompts are read one after the other, so that
+    # sequences come to rest in different calls.
+    free = Sampling(temperature=50.0, seed=1)
+    prompts = [random_ids(SMALL, length, seed=length) for length in prompt_lengths]
+    asked = [
+        Request(prompt_ids=ids, max_new_tokens=100, sampling=free, draft="lookup")
+        for ids in prompts
+    ]
+    asked.append(Request(prompt_ids=prompts[0], max_new_tokens=100, sampling=free))
+    list(generate_batch(model, asked, prefill_tokens=7))
+    assert max(looked_after) == TOGETHER
+    assert looked_after.count(TOGETHER) >= 5 * len(prompts)
 
 
 def test_no_draft_is_longer_than_what_may_still_be_written(model, calls):

@@ -122,9 +122,9 @@ class Continuation:
         return self._drafter is not None
 
     @property
-    def rests(self) -> bool:
-        """Whether no draft is thought of for the next call."""
-        return self._drafter is None or self._drafter.rests
+    def tokens_to_rest(self) -> int:
+        """How many more tokens it writes without a thought of a draft; 1 where it never drafts."""
+        return 1 if self._drafter is None else self._drafter.tokens_to_rest
 
     def wish(self) -> Wish:
         """Say what the next call is to read, and what could be drafted."""

@@ -152,8 +152,13 @@ def _run(
     running = list(enumerate(sequences))
     stepper = Stepper(model)
     policy = DraftPolicy() if any(sequence.drafts for sequence in sequences) else None
+    # Calls for which nobody thinks of a draft: they are as without, and nobody is asked again.
+    resting = 0
     while running:
-        drafting = policy if policy is not None and _somebody_looks(running) else None
+        if policy is not None and not resting:
+            resting = min(sequence.tokens_to_rest for _, sequence in running)
+        drafting = None if resting else policy
+        resting -= resting > 0
         work = _share_call(running, prefill_tokens, drafting)
         started = time.perf_counter()
         logits = _read(stepper, work)
@@ -182,11 +187,6 @@ def _run(
             sequence.settle(model)
             yield index, tokens[-1]
         running = [(index, sequence) for index, sequence in running if not sequence.done]
-
-
-def _somebody_looks(running: list[tuple[int, Continuation]]) -> bool:
-    """Say whether the next call is one that a draft is thought of for: others are as without."""
-    return any(not sequence.rests for _, sequence in running)
 
 
 _Work = list[tuple[int, Continuation, list[int]]]

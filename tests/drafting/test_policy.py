@@ -268,7 +268,7 @@ def simulate(
     policy.times.observe(512, seconds(512))
     spent, done, unread, calls = 0.0, 0, 1, 0
     while done < len(text):
-        rests = drafter.rests
+        rests = drafter.tokens_to_rest > 0
         wish = Wish(unread) if rests else drafter.wish(unread, len(text) - done - 1)
         (count,) = policy.choose([wish])
         draft = drafter.draft(count)
@@ -351,7 +351,7 @@ def test_text_that_repeats_nothing_is_looked_at_a_few_tokens_at_a_time():
     drafter = LookupDrafter(range(100))
     looked = []
     for token in range(100, 400):
-        if not drafter.rests:
+        if not drafter.tokens_to_rest:
             looked.append(token - 100)
         assert not drafter.wish(1, 100).chances
         drafter.push(token)
@@ -365,7 +365,7 @@ def test_what_is_looked_at_late_is_known_all_the_same():
         drafter.wish(1, 100)
         drafter.push(token)
     token = 170
-    while drafter.rests:
+    while drafter.tokens_to_rest:
         assert drafter.draft(0) == []
         drafter.push(token)
         token += 1
@@ -375,7 +375,7 @@ def test_what_is_looked_at_late_is_known_all_the_same():
     # A draft was wanted: now every call is looked at again.
     for guess in range(token, token + IDLE_CALLS):
         drafter.push(guess)
-        assert not drafter.rests
+        assert not drafter.tokens_to_rest
         assert drafter.wish(1, 100).chances
 
 
@@ -390,6 +390,6 @@ def test_a_fixed_length_is_looked_up_for_at_every_call():
     text = prose(400, 3)
     drafter = LookupDrafter(text[:100], fixed=4)
     for token in text[100:]:
-        assert not drafter.rests
+        assert not drafter.tokens_to_rest
         drafter.wish(1, 100)
         drafter.push(token)

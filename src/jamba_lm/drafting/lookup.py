@@ -53,13 +53,15 @@ class LookupDrafter:
         self._drafted = False
 
     @property
-    def rests(self) -> bool:
-        """Whether nothing is looked up for the next call: text so far repeats nothing."""
-        return self._idle_calls >= IDLE_CALLS and len(self._waiting) < TOGETHER
+    def tokens_to_rest(self) -> int:
+        """How many more tokens nothing is looked up for, since text so far repeats nothing."""
+        if self._idle_calls < IDLE_CALLS:
+            return 0
+        return max(0, TOGETHER - len(self._waiting))
 
     def wish(self, unread: int, most: int) -> Wish:
         """Say what could be drafted, at most `most` tokens, beside the `unread` ones to be read."""
-        if self.rests:
+        if self.tokens_to_rest:
             return Wish(unread)
         hits = self._look()
         if self._drafted:
