@@ -15,6 +15,7 @@ from tests.tolerances import TRAINING, assert_within
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_pieces_give_the_loss_and_gradient_of_the_whole(monkeypatch, rows, dtype):
     monkeypatch.setattr(loss, "CHUNK_ROWS", 8)
+    monkeypatch.setattr(loss, "WEIGHT_ROWS", 16)
     kind = {"fp32": torch.float32, "bf16": torch.bfloat16}[dtype]
     hidden_MD = torch.randn(rows, 16).to(kind).requires_grad_()
     weight_VD = torch.randn(40, 16).to(kind).requires_grad_()
@@ -34,6 +35,27 @@ def test_pieces_give_the_loss_and_gradient_of_the_whole(monkeypatch, rows, dtype
     for name, own, other in (("hidden", hidden_MD, wide_MD), ("weight", weight_VD, wide_VD)):
         assert own.grad.dtype == kind
         assert_within(own.grad, other.grad.float(), TRAINING[f"loss gradient {dtype}"], name)
+
+
+def test_the_gradient_of_no_rows_is_zero():
+    hidden_MD = torch.randn(0, 16, requires_grad=True)
+    weight_VD = torch.randn(40, 16, requires_grad=True)
+    loss.summed_cross_entropy(hidden_MD, weight_VD, torch.randint(0, 40, (0,))).backward()
+    assert torch.equal(weight_VD.grad, torch.zeros(40, 16))
+
+
+@pytest.mark.parametrize("rows", [8, 30])
+def test_gradients_are_given_away_once(monkeypatch, rows):
+    """They are scaled where they lie: who asks again gets an error, not a square of the scale."""
+    monkeypatch.setattr(loss, "CHUNK_ROWS", 8)
+    hidden_MD = torch.randn(rows, 16, requires_grad=True)
+    weight_VD = torch.randn(40, 16, requires_grad=True)
+    total = loss.summed_cross_entropy(hidden_MD, weight_VD, torch.randint(0, 40, (rows,)))
+    total.backward(retain_graph=True)
+    before = weight_VD.grad.clone()
+    with pytest.raises(RuntimeError, match="given away by an earlier backward pass"):
+        total.backward()
+    assert torch.equal(weight_VD.grad, before)
 
 
 def test_large_logits_do_not_overflow():

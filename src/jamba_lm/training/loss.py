@@ -14,13 +14,17 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from jamba_lm.data import IGNORED
 from jamba_lm.kernels import ops
 
-# Rows whose logits exist at one time: 128 MiB in float32 for a vocabulary of 65,536.
-CHUNK_ROWS = 512
+# Rows whose logits exist at one time: 128 MiB in bfloat16 for a vocabulary of 65,536.
+CHUNK_ROWS = 1024
 
+# Rows of a weight's gradient that are added up, or scaled and rounded, at a time: what lies between
+# two of these operations stays in the cache.
+WEIGHT_ROWS = 2048
 
 Join = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
 """Takes, by row and over the part of the vocabulary here, the largest logit, the sum of
@@ -107,8 +111,11 @@ def summed_losses(
         more: what is added to hidden weight^T, as an adapter beside the output weights does.
 
     Returns:
-        `total` is differentiable in `hidden_MD`, `weight_VD` and `more`; with a part, the gradient
-        of the states is this part's share of it.
+        `total` is differentiable once in `hidden_MD`, `weight_VD` and `more`; with a part, the
+        gradient of the states is this part's share of it.
+
+    Raises:
+        RuntimeError: by a second backward pass through the same result.
 
     Source: z-loss: PaLM (arXiv 2204.02311), §5.
     """
@@ -153,19 +160,36 @@ class _SummedLosses(torch.autograd.Function):
                 if z_coef:
                     share_M *= 1.0 + 2.0 * z_coef * z_M
                 sums.add(ops.softmax_slopes_(scores_MV, largest_M, share_M, column_M), rows)
-        ctx.save_for_backward(*sums.found)
-        ctx.dtypes = [one.dtype for one in tensors]
+        # No saved tensors: autograd would keep these, and whoever gets them would have to copy.
+        ctx.found, ctx.dtypes = sums.found, [one.dtype for one in tensors]
         ctx.mark_non_differentiable(entropy, squares)
         # A tensor of its own: what is returned twice would be one output.
         return entropy + z_coef * squares, entropy, squares
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *slopes: Tensor) -> tuple[Tensor | None, ...]:
-        found = [
-            None if one is None else (one * slopes[0].to(one.dtype)).to(dtype)
-            for one, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
-        ]
+        if ctx.found is None:
+            raise RuntimeError(
+                "the gradient of this loss was given away by an earlier backward pass; "
+                "compute the loss again"
+            )
+        found: list[Tensor | None] = ctx.found
+        ctx.found = None
+        for number, (one, dtype) in enumerate(zip(found, ctx.dtypes, strict=True)):
+            if one is not None:
+                found[number] = _scaled(one, slopes[0], dtype)
         return None, None, None, *found
+
+
+def _scaled(gradient: Tensor, slope: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return `gradient` times `slope` in another type; in its own place if it has that type."""
+    if gradient.dtype is dtype:
+        return gradient.mul_(slope)
+    scaled = torch.empty_like(gradient, dtype=dtype)
+    for narrow, wide in zip(scaled.split(WEIGHT_ROWS), gradient.split(WEIGHT_ROWS), strict=True):
+        narrow.copy_(wide.mul_(slope))
+    return scaled
 
 
 def _logits(products: Sequence[Product], rows: slice) -> Tensor:
@@ -194,9 +218,11 @@ class _Gradients:
             products, wanted[::2], wanted[1::2], strict=True
         ):
             self.found.append(torch.empty_like(states_MK) if of_states else None)
-            # Summed over chunks, so in float32 whatever the weights are.
-            total_VK = torch.zeros_like(weight_VK, dtype=torch.float32) if of_weight else None
-            self.found.append(total_VK)
+            # A sum over chunks is float32 whatever the weights are.
+            alone = len(states_MK) <= CHUNK_ROWS
+            dtype = weight_VK.dtype if alone else torch.float32
+            make = torch.empty_like if len(states_MK) else torch.zeros_like
+            self.found.append(make(weight_VK, dtype=dtype) if of_weight else None)
 
     def add(self, slope_MV: Tensor, rows: slice) -> None:
         """Add what the gradient of some rows' logits says."""
@@ -205,4 +231,18 @@ class _Gradients:
             if of_states_MK is not None:
                 of_states_MK[rows] = slope_MV @ weight_VK
             if of_weight_VK is not None:
-                of_weight_VK += slope_MV.T @ states_MK[rows]
+                _add_product(of_weight_VK, slope_MV, states_MK[rows], first=rows.start == 0)
+
+
+def _add_product(sum_VK: Tensor, slope_MV: Tensor, states_MK: Tensor, *, first: bool) -> None:
+    """Add slope^T states to a sum; put it there where it is the first."""
+    if sum_VK.dtype is states_MK.dtype:
+        torch.addmm(sum_VK, slope_MV.T, states_MK, beta=0.0 if first else 1.0, out=sum_VK)
+        return
+    pieces = zip(sum_VK.split(WEIGHT_ROWS), slope_MV.split(WEIGHT_ROWS, dim=1), strict=True)
+    for piece_VK, columns_MV in pieces:
+        product_VK = columns_MV.T @ states_MK
+        if first:
+            piece_VK.copy_(product_VK)
+        else:
+            piece_VK += product_VK

@@ -70,7 +70,10 @@ def saved(
     batch = Batch.of([work.tokens] * work.sequences, routing=[])
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
         hidden_MD = decoder(ids_M, batch, hidden=True)
-        loss.summed_cross_entropy(hidden_MD, output_weight(decoder), ids_M)
+        total = loss.summed_cross_entropy(hidden_MD, output_weight(decoder), ids_M)
+    # Gradients that are made with the loss lie with its node, but not as saved tensors.
+    for gradient in total.grad_fn.found:
+        keep(gradient)
     # Where sequences start is no activation.
     kept.pop(batch.offsets.untyped_storage().data_ptr(), None)
     loads = [
@@ -93,6 +96,16 @@ def test_activations_are_those_of_autograd_to_the_byte(
     assert plan.layers == sum(plan.by_part.values())
 
 
+@pytest.mark.parametrize("width", DTYPES)
+def test_the_gradient_of_a_head_that_sees_several_pieces_is_a_wide_sum(monkeypatch, width: int):
+    monkeypatch.setattr(activations, "LOGIT_ROWS", 16)
+    monkeypatch.setattr(loss, "CHUNK_ROWS", 16)
+    work = Pass(sequences=1, tokens=17, width=width)
+    counted, loads, hidden = saved(BASE, work)
+    plan = pass_activations(Rank(BASE, ParallelLayout(), work), loads)
+    assert counted == plan.layers + plan.ends - hidden
+
+
 def test_layers_that_are_computed_again_keep_their_input_only():
     work = Pass(sequences=2, tokens=40, width=4, recompute=True)
     counted, _, hidden = saved(BASE, work, recompute=True)
@@ -108,6 +121,7 @@ def test_the_sizes_of_checkpoints_and_pieces_are_those_of_the_kernels():
     assert activations.SCAN_CHANNELS == native_scan._CHECKPOINT_CHANNELS
     assert activations.SCAN_STATES == native_scan._CHECKPOINT_STATES
     assert activations.LOGIT_ROWS == loss.CHUNK_ROWS
+    assert activations.WEIGHT_ROWS == loss.WEIGHT_ROWS
     rank = Rank(BASE, ParallelLayout(), Pass(sequences=2, tokens=17))
     assert scan_state_bytes(rank) == 4 * native_scan._checkpoint_floats(
         torch.tensor([0, 17, 34]), BASE.d_inner, BASE.state_size

@@ -32,7 +32,6 @@ from jamba_lm.training.activation_loss import ActivationLoss
 from jamba_lm.training.balance import count_selections, share_of_balance_loss
 from jamba_lm.training.loss import summed_losses
 from jamba_lm.training.output import output_weight
-from jamba_lm.training.parallel import vocabulary
 from jamba_lm.training.parallel.decoder import Parallelized, parallelize
 from jamba_lm.training.parallel.meshes import process_mesh
 from jamba_lm.training.recompute import recompute_layers
@@ -194,7 +193,7 @@ def run_case(case: Case, rank: int) -> dict[str, Any]:
     """Return the largest difference of the losses and of every gradient held here."""
     layout = case.layout
     # The loss sees several pieces of rows, which these batches are too small for.
-    loss.CHUNK_ROWS = vocabulary.CHUNK_ROWS = 512 if case.named else 8
+    loss.CHUNK_ROWS = 1024 if case.named else 8
     whole = whole_model(case.config, case.lopsided)
     read = case.lengths[: layout.num_readers]
     packs = [packed_of(lengths, reader) for reader, lengths in enumerate(read)]

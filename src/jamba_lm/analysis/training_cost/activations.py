@@ -19,7 +19,8 @@ FLOAT, INDEX = 4, 8
 
 # As kernels/native_scan.py and training/loss.py, which need torch, have them: a test compares.
 SCAN_CHECKPOINT_TOKENS, SCAN_CHANNELS, SCAN_STATES = 16, 16, 8
-LOGIT_ROWS = 512
+LOGIT_ROWS = 1024
+WEIGHT_ROWS = 2048
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -159,14 +160,15 @@ def _ends(rank: Rank) -> int:
     D, V = config.d_model, rank.vocabulary
     ids = rank.rows * INDEX
     final_norm = rank.kept_rows * (D * w + FLOAT)
-    # The hidden states; their gradients and the head's, which are made with the loss.
-    loss = 2 * rank.rows * D * w + V * D * FLOAT
+    # The hidden states; their gradients and the head's, which are made with the loss: this one in
+    # float32 where it is a sum.
+    loss = 2 * rank.rows * D * w + V * D * (w if rank.rows <= LOGIT_ROWS else FLOAT)
     return ids + final_norm + loss
 
 
 def _logits(rank: Rank) -> int:
     rows = min(rank.rows, LOGIT_ROWS)
     # A piece as the product gives it, in float32, and its gradient in the model's type; and a
-    # product of the head's size on its way into the sum.
+    # product of some rows of the head on its way into the sum.
     wide = rows * rank.vocabulary * (FLOAT + 2 * rank.work.width)
-    return wide + rank.vocabulary * rank.config.d_model * rank.work.width
+    return wide + min(rank.vocabulary, WEIGHT_ROWS) * rank.config.d_model * rank.work.width

@@ -12,6 +12,7 @@ from types import MappingProxyType
 from typing import Literal
 
 from jamba_lm.analysis.memory import GIB
+from jamba_lm.analysis.training_cost.activations import LOGIT_ROWS
 from jamba_lm.analysis.training_cost.exchanges import Exchange
 from jamba_lm.analysis.training_cost.operations import Operation, flops_of
 from jamba_lm.config_json import closest, shown
@@ -206,7 +207,7 @@ def moved_bytes(one: Operation, width: int) -> tuple[float, float]:
         rows, model, vocab = one.sizes
         # The softmax goes over its logits seven times in float32; the head's gradient is summed
         # in float32 once for each piece of rows.
-        pieces = -(-rows // 512)
+        pieces = -(-rows // LOGIT_ROWS)
         return 7 * rows * vocab * 4 + pieces * 3 * vocab * model * 4, 3 * vocab * model * 4
     rows, columns = one.sizes[:2]
     forward, backward = {
