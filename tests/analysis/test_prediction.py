@@ -121,6 +121,24 @@ def test_samples_that_do_not_fit_together_are_timed_one_by_one(
     assert most[0] == 1
 
 
+@pytest.mark.parametrize(("asked", "written"), [(4, 4), (64, 64), (10**6, 50_000)])
+def test_a_sample_of_a_small_model_writes_as_long_an_answer_as_the_model(
+    monkeypatch: pytest.MonkeyPatch, asked: int, written: int
+):
+    """At 2 microseconds a token by the roofline, there is time for 50,000."""
+    monkeypatch.setattr(prediction, "floor_seconds", lambda works, speeds: 2e-6)
+    speeds = Speeds(2, 4e10, {})
+    found = prediction.sampled_workload(SMALL, "bf16", Workload(600, asked, 2, 512), speeds)
+    assert found == Workload(256, written, 2, 512)
+
+
+def test_a_sample_of_a_large_model_writes_a_few_tokens(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(prediction, "floor_seconds", lambda works, speeds: 0.1)
+    speeds = Speeds(2, 4e10, {})
+    found = prediction.sampled_workload(SMALL, "bf16", Workload(600, 64, 1, 512), speeds)
+    assert found == Workload(512, prediction.FEWEST_NEW_TOKENS, 1, 512)
+
+
 def test_the_calls_are_those_of_the_workload():
     assert reading_calls(SHORT) == [Call(2, 8, 0), Call(2, 8, 8), Call(2, 4, 16)]
     assert writing_calls(SHORT) == [Call(2, 1, 20), Call(2, 1, 21)]

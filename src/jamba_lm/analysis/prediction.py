@@ -49,7 +49,9 @@ DTYPES: Mapping[str, torch.dtype] = {
 SAMPLE_VOCAB = 1024
 # A call with this many layers of a kind, less one with a single layer, is their cost.
 SAMPLE_LAYERS = 3
-SAMPLE_NEW_TOKENS = 12
+# Tokens that a sample writes: the first ones meet cold caches, and a mean over few is not one over
+# an answer. At least so many, and as many as the whole model could write in so long.
+FEWEST_NEW_TOKENS, WRITING_TIME = 12, 0.1
 # Samples take turns so often; each is then repeated at least so often, and for so long.
 ROUNDS, FEWEST_REPEATS, SAMPLE_TIME = 3, 2, 0.15
 # Values that matrices are filled with, over and over: drawing all of them would take seconds.
@@ -143,13 +145,26 @@ def predict(
         )
     measured = measured or sample_seconds
     speeds = measure_speeds(min(weight_bytes(config, weights), LARGEST_SET))
-    sample = Sampler(config, weights, workload, measured)
+    sample = Sampler(config, weights, sampled_workload(config, weights, workload, speeds), measured)
     layers, beside = sample.layer_seconds(), sample.seconds_beside_layers()
     return Prediction(
         speeds=speeds,
         workload=workload,
         prefill=_phase(config, weights, speeds, reading_calls(workload), layers, beside, "prefill"),
         decode=_phase(config, weights, speeds, writing_calls(workload), layers, beside, "decode"),
+    )
+
+
+def sampled_workload(
+    config: JambaConfig, weights: str, workload: Workload, speeds: Speeds
+) -> Workload:
+    """Return what samples do: read one piece, and write as much as takes no time."""
+    step = floor_seconds(model_work(config, writing_calls(workload)[0], weights), speeds)
+    return Workload(
+        min(workload.num_prompt_tokens, workload.piece),
+        min(workload.num_new_tokens, max(FEWEST_NEW_TOKENS, int(WRITING_TIME / step))),
+        workload.batch,
+        workload.prefill_tokens,
     )
 
 
@@ -210,7 +225,11 @@ def kind_of(spec: LayerSpec) -> Kind:
 
 
 class Sampler:
-    """Times layers of one kind at a time, at the model's own width."""
+    """Times layers of one kind at a time, at the model's own width.
+
+    Attributes:
+        workload: what each sample does, see `sampled_workload`.
+    """
 
     def __init__(
         self,
@@ -222,12 +241,7 @@ class Sampler:
         self.config = config
         self.weights = weights
         self.measured = measured
-        self.workload = Workload(
-            min(workload.num_prompt_tokens, workload.piece),
-            min(workload.num_new_tokens, SAMPLE_NEW_TOKENS),
-            workload.batch,
-            workload.prefill_tokens,
-        )
+        self.workload = workload
         self.kinds = list(dict.fromkeys(kind_of(spec) for spec in plan_layers(config)))
         first = self.kinds[0]
         self._one = sample_config(config, first, 1, SAMPLE_VOCAB)
