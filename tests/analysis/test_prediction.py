@@ -5,23 +5,22 @@ from __future__ import annotations
 import itertools
 import json
 import weakref
+from collections.abc import Sequence
 
 import pytest
 import torch
 
-from jamba_lm.analysis import machine_speed, prediction
-from jamba_lm.analysis.machine_speed import SMALLEST_SET, measure_speeds
-from jamba_lm.analysis.memory import weight_bytes
-from jamba_lm.analysis.prediction import (
+from jamba_lm.analysis import layer_samples, machine_speed, prediction, workload
+from jamba_lm.analysis.layer_samples import (
     Seconds,
     kind_of,
-    predict,
-    reading_calls,
     sample_config,
     sample_model,
     sample_seconds,
-    writing_calls,
 )
+from jamba_lm.analysis.machine_speed import SMALLEST_SET, measure_speeds
+from jamba_lm.analysis.memory import weight_bytes
+from jamba_lm.analysis.prediction import predict, reading_calls, writing_calls
 from jamba_lm.analysis.roofline import Call, Speeds
 from jamba_lm.analysis.workload import Workload
 from jamba_lm.cli.main import main
@@ -43,7 +42,9 @@ LAYER = {"m": (5.0, 0.5), "m*": (7.0, 0.9), "A*": (4.0, 0.3), "A": (3.0, 0.2)}
 CALL, WORDS = (2.0, 0.1), (0.25, 0.0125)
 
 
-def imaginary(model: LanguageModel, workload: Workload) -> Seconds:
+def imaginary(copies: Sequence[LanguageModel], workload: Workload) -> Seconds:
+    model = copies[0]
+
     def seconds(phase: int) -> float:
         layers = sum(LAYER[name][phase] for name in draw_layers(model.config).split())
         return layers + CALL[phase] + WORDS[phase] * model.config.vocab_size / 1000
@@ -60,7 +61,7 @@ def imaginary_limits(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_parts_add_up_to_the_model_on_a_machine_that_is_their_sum(imaginary_limits):
     workload = Workload(512, 1, 1, 512)
     found = predict(SMALL, "bf16", workload, measured=imaginary)
-    whole = imaginary(sample_model(SMALL, "bf16"), workload)
+    whole = imaginary([sample_model(SMALL, "bf16")], workload)
     assert found.prefill.seconds == pytest.approx(whole.prefill)
     assert found.decode.seconds == pytest.approx(whole.decode, rel=1e-3)
     assert found.prefill.tokens_per_second == pytest.approx(512 / whole.prefill)
@@ -74,25 +75,26 @@ def test_a_prompt_in_pieces_costs_a_call_for_each_and_attention_grows(imaginary_
     assert sum(four.parts.values()) == pytest.approx(four.floor_seconds)
 
 
-@pytest.mark.parametrize("slow_round", range(prediction.ROUNDS))
+@pytest.mark.parametrize("slow_round", range(layer_samples.ROUNDS))
 def test_a_machine_that_is_slow_for_some_seconds_is_predicted_as_it_is(
     imaginary_limits, slow_round: int
 ):
     """Samples take turns, so that a slow while is the same one for all, and no median."""
     workload, names = Workload(512, 1, 1, 512), list[str]()
 
-    def seen(model: LanguageModel, asked: Workload) -> Seconds:
-        names.append(f"{draw_layers(model.config)} {model.config.vocab_size}")
-        return imaginary(model, asked)
+    def seen(copies: Sequence[LanguageModel], asked: Workload) -> Seconds:
+        config = copies[0].config
+        names.append(f"{draw_layers(config)} {config.vocab_size}")
+        return imaginary(copies, asked)
 
     undisturbed = predict(SMALL, "bf16", workload, measured=seen)
     samples = len(set(names))
-    assert names == names[:samples] * prediction.ROUNDS
+    assert names == names[:samples] * layer_samples.ROUNDS
     calls = itertools.count()
 
-    def disturbed(model: LanguageModel, asked: Workload) -> Seconds:
+    def disturbed(copies: Sequence[LanguageModel], asked: Workload) -> Seconds:
         slow = next(calls) // samples == slow_round
-        return imaginary(model, asked).times(5.0 if slow else 1.0)
+        return imaginary(copies, asked).times(5.0 if slow else 1.0)
 
     assert predict(SMALL, "bf16", workload, measured=disturbed) == undisturbed
 
@@ -100,10 +102,11 @@ def test_a_machine_that_is_slow_for_some_seconds_is_predicted_as_it_is(
 def test_samples_that_do_not_fit_together_are_timed_one_by_one(
     imaginary_limits, monkeypatch: pytest.MonkeyPatch
 ):
+    monkeypatch.setattr(layer_samples, "CACHED_BYTES", 1)
     workload, alive, most = Workload(512, 1, 1, 512), [0], [0]
     together = predict(SMALL, "bf16", workload, measured=imaginary)
     largest = weight_bytes(SMALL, "bf16")
-    make = prediction.sample_model
+    make = layer_samples.sample_model
 
     def counted(config: JambaConfig, weights: str) -> LanguageModel:
         model = make(config, weights)
@@ -112,13 +115,50 @@ def test_samples_that_do_not_fit_together_are_timed_one_by_one(
         weakref.finalize(model, lambda: alive.__setitem__(0, alive[0] - 1))
         return model
 
-    monkeypatch.setattr(prediction, "sample_model", counted)
+    monkeypatch.setattr(layer_samples, "sample_model", counted)
     assert predict(SMALL, "bf16", workload, measured=imaginary) == together
     assert most[0] > 2
     most[0] = 0
-    monkeypatch.setattr(prediction, "usable_memory", lambda: 2 * largest)
+    for module in (prediction, layer_samples):
+        monkeypatch.setattr(module, "usable_memory", lambda: 2 * largest)
     assert predict(SMALL, "bf16", workload, measured=imaginary) == together
     assert most[0] == 1
+
+
+@pytest.mark.parametrize("cached", [1, 3 << 20, 1 << 40])
+def test_copies_of_a_sample_fill_the_caches_as_the_model_does(
+    imaginary_limits, monkeypatch: pytest.MonkeyPatch, cached: int
+):
+    """Else layers of a model that no cache holds would be timed where a cache holds them."""
+    monkeypatch.setattr(layer_samples, "CACHED_BYTES", cached)
+    model, several = SMALL.replace(num_layers=64), list[int]()
+
+    def seen(copies: Sequence[LanguageModel], asked: Workload) -> Seconds:
+        # Weights of their own: none may find another's in the cache.
+        matrices = {one.decoder.embedding.weight.data_ptr() for one in copies}
+        assert len(matrices) == len(copies)
+        size = weight_bytes(copies[0].config, "bf16")
+        whole = min(weight_bytes(model, "bf16"), cached)
+        assert len(copies) == 1 or whole - size < len(copies) * size <= whole
+        several.append(len(copies))
+        return imaginary(copies, asked)
+
+    predict(model, "bf16", Workload(512, 1, 1, 512), measured=seen)
+    assert (max(several) > 1) == (cached > 1)
+
+
+def test_copies_write_in_turns_and_what_is_told_is_of_one(monkeypatch: pytest.MonkeyPatch):
+    turns, write = list[LanguageModel](), workload._Sequences.write
+
+    def seen(sequences: workload._Sequences) -> None:
+        turns.append(sequences._model)
+        write(sequences)
+
+    monkeypatch.setattr(workload._Sequences, "write", seen)
+    copies = [sample_model(sample_config(SMALL, ("mamba", "mlp"), 1, 50), "bf16") for _ in "abc"]
+    found = workload.run_in_turns(copies, SHORT)
+    assert turns == copies * SHORT.num_new_tokens
+    assert found.state_bytes == workload.run_once(copies[0], SHORT).state_bytes
 
 
 @pytest.mark.parametrize(("asked", "written"), [(4, 4), (64, 64), (10**6, 50_000)])
@@ -188,14 +228,15 @@ def test_a_sample_is_packed_as_a_model_is(weights: str, kind: tuple[str, str]):
 
 def test_a_sample_takes_time():
     found = sample_seconds(
-        sample_model(sample_config(SMALL, ("mamba", "mlp"), 1, 50), "bf16"), SHORT
+        [sample_model(sample_config(SMALL, ("mamba", "mlp"), 1, 50), "bf16")] * 3, SHORT
     )
     assert found.prefill > 0
     assert found.decode > 0
 
 
 def test_what_does_not_fit_is_refused_before_it_is_made(monkeypatch):
-    monkeypatch.setattr(prediction, "usable_memory", lambda: 10 * 1024**2)
+    for module in (prediction, layer_samples):
+        monkeypatch.setattr(module, "usable_memory", lambda: 10 * 1024**2)
     with pytest.raises(CapacityError, match="cannot be predicted"):
         sample_model(preset("jamba-v0.1"), "bf16")
     with pytest.raises(CapacityError, match="this machine has 10,485,760"):
@@ -205,8 +246,8 @@ def test_what_does_not_fit_is_refused_before_it_is_made(monkeypatch):
 @pytest.fixture
 def fast(monkeypatch: pytest.MonkeyPatch) -> None:
     """Measure everything once, and small: what is found is not looked at."""
-    monkeypatch.setattr(prediction, "FEWEST_REPEATS", 1)
-    monkeypatch.setattr(prediction, "SAMPLE_TIME", 0.0)
+    monkeypatch.setattr(layer_samples, "FEWEST_REPEATS", 1)
+    monkeypatch.setattr(layer_samples, "SAMPLE_TIME", 0.0)
     monkeypatch.setattr(machine_speed, "FEWEST_TRIES", 1)
     monkeypatch.setattr(machine_speed, "SECONDS_EACH", 0.0)
     monkeypatch.setattr(machine_speed, "PRODUCT_WIDTH", 256)

@@ -7,6 +7,7 @@ the wall.
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -90,6 +91,38 @@ def run_by_parts(model: ReadableModel, workload: Workload) -> Timing:
         return run_once(model, workload, times)
 
 
+class _Sequences:
+    """The sequences of one repetition: random prompts, and the likeliest token each time."""
+
+    def __init__(self, model: ReadableModel, workload: Workload) -> None:
+        size = workload.batch, workload.num_prompt_tokens
+        vocab_size = model.config.vocab_size
+        self._prompts = np.random.default_rng(0).integers(vocab_size, size=size).tolist()
+        self._model, self._workload = model, workload
+        self._one_each = [1] * workload.batch
+        self.states = [model.new_state() for _ in self._prompts]
+        self.picked: list[int] = []
+
+    def read(self) -> None:
+        """Read the prompts, piece by piece."""
+        for first in range(0, self._workload.num_prompt_tokens, self._workload.piece):
+            pieces = [ids[first : first + self._workload.piece] for ids in self._prompts]
+            logits_BV = self._model.next_logits(pieces, self.states)
+        self.picked = np.asarray(logits_BV).argmax(axis=-1).tolist()
+
+    def begin_writing(self) -> None:
+        self._stepper = Stepper(self._model)
+
+    def write(self) -> None:
+        """Write a token each."""
+        ids = [[token] for token in self.picked]
+        logits = self._stepper.read(ids, self._one_each, self.states)
+        self.picked = [int(logits_V.argmax()) for (logits_V,) in logits]
+
+    def num_bytes(self) -> int:
+        return sum(state.num_bytes for state in self.states)
+
+
 def run_once(model: ReadableModel, workload: Workload, times: PartTimes | None = None) -> Timing:
     """Let fresh sequences read their prompts together, and then write together.
 
@@ -100,15 +133,9 @@ def run_once(model: ReadableModel, workload: Workload, times: PartTimes | None =
         workload: what it does.
         times: what native calls add their times to, where somebody asks.
     """
-    size = workload.batch, workload.num_prompt_tokens
-    prompts = np.random.default_rng(0).integers(model.config.vocab_size, size=size).tolist()
-    states = [model.new_state() for _ in prompts]
-
+    sequences = _Sequences(model, workload)
     started = time.perf_counter()
-    for first in range(0, workload.num_prompt_tokens, workload.piece):
-        pieces = [ids[first : first + workload.piece] for ids in prompts]
-        logits_BV = model.next_logits(pieces, states)
-    picked = np.asarray(logits_BV).argmax(axis=-1).tolist()
+    sequences.read()
     read = time.perf_counter()
     prefill_parts = take_parts(times)
     if workload.draft is not None:
@@ -119,7 +146,7 @@ def run_once(model: ReadableModel, workload: Workload, times: PartTimes | None =
                 state=state,
                 draft=workload.draft,
             )
-            for token, state in zip(picked, states, strict=True)
+            for token, state in zip(sequences.picked, sequences.states, strict=True)
         ]
         last = {index: token.drafting for index, token in generate_batch(model, requests)}
         written = time.perf_counter()
@@ -129,17 +156,38 @@ def run_once(model: ReadableModel, workload: Workload, times: PartTimes | None =
             accepted=sum(counts.accepted for counts in found),
             calls=max(counts.calls for counts in found),
         )
-        num_bytes = sum(state.num_bytes for state in states)
+        num_bytes = sequences.num_bytes()
         return Timing(
             read - started, written - read, num_bytes, drafting, prefill_parts, take_parts(times)
         )
-    stepper, one_each = Stepper(model), [1] * workload.batch
+    sequences.begin_writing()
     for _ in range(workload.num_new_tokens):
-        logits = stepper.read([[token] for token in picked], one_each, states)
-        picked = [int(logits_V.argmax()) for (logits_V,) in logits]
+        sequences.write()
     written = time.perf_counter()
-    num_bytes = sum(state.num_bytes for state in states)
+    num_bytes = sequences.num_bytes()
     return Timing(read - started, written - read, num_bytes, None, prefill_parts, take_parts(times))
+
+
+def run_in_turns(models: Sequence[ReadableModel], workload: Workload) -> Timing:
+    """Let every model do what `run_once` lets one do, each writing a token in its turn.
+
+    Returns:
+        Seconds and bytes of one model, on the average. Nothing is drafted.
+    """
+    all_sequences = [_Sequences(model, workload) for model in models]
+    started = time.perf_counter()
+    for sequences in all_sequences:
+        sequences.read()
+    read = time.perf_counter()
+    for sequences in all_sequences:
+        sequences.begin_writing()
+    for _ in range(workload.num_new_tokens):
+        for sequences in all_sequences:
+            sequences.write()
+    written = time.perf_counter()
+    num_bytes = sum(sequences.num_bytes() for sequences in all_sequences)
+    count = len(models)
+    return Timing((read - started) / count, (written - read) / count, num_bytes // count)
 
 
 def take_parts(times: PartTimes | None) -> Parts | None:
