@@ -6,7 +6,7 @@ import pytest
 
 from benchmarks.calibration import probe
 from benchmarks.engine_worker import random_ids
-from benchmarks.prediction import missed, speeds_of, table
+from benchmarks.prediction import medians, missed, speeds_of, table
 from benchmarks.quiet import Accounts, Sample, judge
 from benchmarks.selective_scan import by_scan, slots
 from benchmarks.timing import Patience, SampleFailure, Stopwatch, timed
@@ -100,11 +100,21 @@ def test_predictions_are_held_against_measurements():
         "decode_tokens_per_second": {"median": 60.0},
     }
     predicted, measured = speeds_of("predicted", answer), speeds_of("measured", answer)
-    row = {"shape": "tiny", "type": "bf16", "predicted": predicted, "measured": measured}
+    row = {"shape": "tiny", "type": "bf16", **medians([predicted], [measured])}
     assert "| tiny bf16 | prefill | 90.0 | 100.0 | 0.90 |" in table([{**row, "problem": None}])
     assert "| 1.50 |" in table([{**row, "problem": None}])
     assert "| [1.50] |" in table([{**row, "problem": "noise"}])
     assert missed([row]) == ["tiny bf16, decode"]
+
+
+def test_a_prediction_is_held_against_the_measurement_of_its_own_minute():
+    """A machine that slows down by half does so for both of a round."""
+    predicted = [{"prefill": speed, "decode": speed} for speed in (100.0, 50.0, 60.0)]
+    measured = [{"prefill": speed, "decode": 2 * speed} for speed in (100.0, 50.0, 40.0)]
+    found = medians(predicted, measured)
+    assert found["predicted"] == {"prefill": 60.0, "decode": 60.0}
+    assert found["measured"] == {"prefill": 50.0, "decode": 100.0}
+    assert found["ratio"] == {"prefill": 1.0, "decode": 0.5}
 
 
 def test_a_scan_is_told_in_multiply_adds_of_the_same_minutes():
